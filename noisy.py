@@ -1,0 +1,155 @@
+"""Figure 3 of "Lazy vs hasty": CIFAR-10 with 15 % of the training labels replaced by wrong ones.
+
+    python noisy.py --quick                     a demonstration on synthetic images, no download
+    python noisy.py --alpha 1 100               the paper's figure (downloads CIFAR-10)
+    python noisy.py --dataset FILE.npz          your own images
+
+The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
+the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above.
+"""
+import math
+
+import numpy as np
+import torch
+
+import common
+
+QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=40, width=8, lr=.02, batch_size=100, probe_examples=25, stop_loss=.3)
+
+
+def make_parser():
+    p = common.parser(__doc__, "noisy", levels=[1.6, 1.2])
+    p.add_argument("--noise", type=common.number(float, above=0, below=1), default=.15,
+                   help="share of the training labels that are replaced")
+    return p
+
+
+def prepare(images, seed, o):
+    """The data of one seed, the same for every alpha: training set with noisy labels, and the groups that are watched."""
+    x, y = images["x_train"], images["y_train"]
+    classes = int(y.max()) + 1
+    rng = np.random.default_rng(seed)
+    if o.subset:
+        keep = np.sort(rng.permutation(len(y))[:o.subset])
+        x, y = x[keep], y[keep]
+    if o.batch_size > len(y):
+        raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(y)}")
+    labels = common.flip_labels(y, o.noise, classes, seed)
+    train = common.Examples(x, labels, images["mean"], images["std"], o)
+    test = common.Examples(images["x_test"][:1000], images["y_test"][:1000], images["mean"], images["std"], o)
+    groups = {}
+    for name, members in (("clean", labels == y), ("noisy", labels != y)):
+        groups[name] = torch.as_tensor(np.sort(rng.permutation(np.flatnonzero(members))[:1000]), device=o.device)
+    return train, test, groups, torch.as_tensor(y, device=o.device), classes
+
+
+def run(alpha, seed, images, o):
+    """Train f^alpha from one seed; its records go to OUT/alpha=ALPHA_seed=SEED/log.jsonl."""
+    train, test, groups, true_labels, classes = prepare(images, seed, o)
+    with common.seeded("init", seed):
+        model = common.resnet18(classes, in_channels=train.x.shape[1], width=o.width)
+    model = model.to(o.device, o.dtype)
+    probe_x = test.pixels(test.index()[:o.probe_examples])
+    share = round(o.noise * len(train)) / len(train)
+
+    with common.run_folder(o, alpha, seed, common.identity(o, alpha, seed, images, model)) as folder:
+        centered = common.center(model, alpha)
+        test.cache_f0(centered)
+
+        def evaluate():
+            entry = {}
+            for name, examples, index in (("clean", train, groups["clean"]), ("noisy", train, groups["noisy"]),
+                                          ("test", test, test.index())):
+                f = examples.predict(centered, index)
+                loss, correct = common.losses(f, examples.y[index])
+                entry[f"{name}_loss"], entry[f"{name}_acc"] = loss.mean().item(), correct.float().mean().item()
+                if name == "noisy":  # the same outputs against the labels before the noise
+                    entry["noisy_true_acc"] = (f.argmax(1) == true_labels[index]).float().mean().item()
+            for what in ("loss", "acc"):
+                entry[f"mean_train_{what}"] = (1 - share) * entry[f"clean_{what}"] + share * entry[f"noisy_{what}"]
+            return entry
+
+        return common.train(folder, centered, train, probe_x, evaluate, o, seed, classes)
+
+
+COLUMNS = {"gap": lambda r: common.minus(r["noisy_loss"], r["clean_loss"]), "noisy_loss": lambda r: r["noisy_loss"],
+           "test_loss": lambda r: r["test_loss"], "test_acc": lambda r: r["test_acc"],
+           "noisy_true_acc": lambda r: r["noisy_true_acc"]}
+
+
+def summarise(o, runs, classes):
+    """Tables at equal mean training loss, then the paper's comparison at equal *clean* loss; prints and writes them."""
+    levels = common.loss_levels(classes, *o.levels)
+    summary = common.summarise(runs, COLUMNS, levels)
+    summary["at_clean_loss"] = common.summarise(runs, COLUMNS, levels, on="clean_loss")
+    for alpha, seeds in runs.items():
+        best = [min(r["test_loss"] for r in records if r["test_loss"] is not None) for records in seeds.values()]
+        where = [min((r["test_loss"], r["clean_loss"]) for r in records if r["test_loss"] is not None)[1] for records in seeds.values()]
+        summary["alphas"][f"{alpha:g}"]["smallest_test_loss"] = {"loss": common.spread(best), "at_clean_loss": common.spread(where)}
+        common.print_table(f"alpha = {alpha:g}, at equal mean training loss", summary["alphas"][f"{alpha:g}"],
+                           ["gap", "test_loss", "test_acc", "noisy_true_acc"], levels)
+    for pair, part in summary["paired"].items():
+        common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part, ["gap", "test_acc"], levels)
+    for alpha in runs:
+        common.print_table(f"alpha = {alpha:g}, at equal loss of the clean group", summary["at_clean_loss"]["alphas"][f"{alpha:g}"],
+                           ["noisy_loss", "test_loss", "noisy_true_acc"], levels)
+    print()
+    for alpha in runs:
+        s = summary["alphas"][f"{alpha:g}"]["smallest_test_loss"]
+        print(f"alpha = {alpha:g}: smallest test loss {common.cell(s['loss'])}, at clean loss {common.cell(s['at_clean_loss'])}")
+    return common.write_summary(o, runs, summary)
+
+
+def draw(o, runs):
+    """noisy.png, the paper's Figure 3, and noisy_curves.png, the same runs against iterations."""
+    from matplotlib.figure import Figure
+    of = lambda key: lambda r: r.get(key)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
+        label = common.alpha_label(alpha)
+        common.band(left, seeds.values(), of("clean_loss"), of("noisy_loss"), color=colour, label=f"noisy, {label}")
+        common.band(left, seeds.values(), of("clean_loss"), of("test_loss"), color=colour, label=f"test, {label}", linestyle="--")
+        common.draw_linearity(right, seeds.values(), of("clean_acc"), colour, label)
+    left.invert_xaxis()
+    left.set(xlabel="loss of the clean examples (training goes to the right)", ylabel="loss", title="Equal clean loss")
+    right.set(xlabel="accuracy on the clean examples", ylabel="similarity to initialisation", ylim=(None, 1.03), title="Linearity")
+    left.legend(fontsize=8), right.legend(fontsize=8)
+    common.save_figure(figure, o.out, "noisy")
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = {"clean": "-", "noisy": "--", "test": ":"}
+    for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
+        for name, style in styles.items():
+            for ax, what in ((left, "loss"), (right, "acc")):
+                common.band(ax, seeds.values(), of("iteration"), of(f"{name}_{what}"), color=colour, linestyle=style,
+                            label=f"{name}, {common.alpha_label(alpha)}")
+        common.band(right, seeds.values(), of("iteration"), of("noisy_true_acc"), color=colour, linestyle="-.", linewidth=2.5,
+                    label=f"noisy on its true labels, {common.alpha_label(alpha)}")
+    for ax in (left, right):
+        ax.set(xscale="symlog", xlabel="iteration", xlim=(1, None))
+    left.set(ylabel="loss", title="Loss"), right.set(ylabel="accuracy", title="Accuracy")
+    left.legend(fontsize=7), right.legend(fontsize=7)
+    common.save_figure(figure, o.out, "noisy_curves")
+
+
+def main(argv=None, **options):
+    """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
+    the summary; raises ValueError or OSError for bad input."""
+    o = common.parse(make_parser(), QUICK, argv, options)
+    if not o.draw_only:
+        images = common.load_images(o.dataset, o.data_dir)
+        for alpha, seed in common.my_share(o):
+            run(alpha, seed, images, o)
+    if common.others_at_work(o):
+        return {}
+    runs, classes = common.read_runs(o)
+    summary = summarise(o, runs, classes)
+    draw(o, runs)
+    print(f"wrote {o.out}/noisy.png, noisy.pdf, noisy_curves.png, summary.json")
+    return summary
+
+
+if __name__ == "__main__":
+    common.command_line(main)
