@@ -26,6 +26,7 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -183,6 +184,8 @@ def empirical_ntk(model, x, y=None, trace=False, memory=2**30):
     Needs: check_deterministic, capture, structured_layers.
     """
     check_deterministic(model)
+    if len(x) == 0 or y is not None and len(y) == 0:
+        raise ValueError("there is no example in x or in y")
     layers = structured_layers(model, x)
     structured = {id(p) for m in layers for p in m.parameters()}
     rest = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in structured}
@@ -597,7 +600,7 @@ def flip_labels(y, fraction, num_classes, seed):
                          f"got a fraction of {fraction} and {num_classes} classes")
     rng = np.random.default_rng(seed)
     flipped = rng.choice(len(y), count, replace=False)
-    noisy = np.array(y)
+    noisy = np.asarray(y).copy()
     noisy[flipped] = (noisy[flipped] + rng.integers(1, num_classes, count)) % num_classes
     return torch.as_tensor(noisy) if isinstance(y, torch.Tensor) else noisy
 
@@ -636,6 +639,29 @@ class Examples:
 
     def start(self, index):
         return None if self.f0 is None else self.f0[index]
+
+
+def draw_training_set(images, seed, o):
+    """x_train, y_train, score_train or None: the --subset examples that this seed draws, in the file's order, or all.
+
+    Raises ValueError: a batch larger than the training set."""
+    keep = np.arange(len(images["y_train"]))
+    if o.subset:
+        keep = np.sort(np.random.default_rng(seed).permutation(keep)[:o.subset])
+    if o.batch_size > len(keep):
+        raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
+    return images["x_train"][keep], images["y_train"][keep], images["score_train"][keep] if "score_train" in images else None
+
+
+def some(members, count, seed):
+    """Up to `count` of the indices `members`, drawn with the seed, in ascending order."""
+    return np.sort(np.random.default_rng(seed).permutation(members)[:count])
+
+
+def measure(f, y):
+    """Mean loss and accuracy, as floats, of outputs f (N, C) against labels y (N,)."""
+    loss, correct = losses(f, y)
+    return loss.mean().item(), correct.double().mean().item()
 
 
 def losses(f, y):
@@ -748,7 +774,7 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
 
     def warn(key, text):
         if key not in s["warned"]:
-            s["warned"] = s["warned"] + [key]
+            s["warned"] = [*s["warned"], key]
             print(f"{name}: warning: {text}")
 
     def record(loss, accuracy, order, ended):
@@ -761,14 +787,12 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
             gradients = torch.autograd.grad(forward(order[:o.batch_size])[0], parameters)
             entry.update(linearity(), forward_noise=forward_noise(centered, probe_x[:32]),
                          update_noise=update_noise(optimizer, gradients))
-            if ended != "diverged" and entry["forward_noise"] > .01:
-                warn("forward", f"rounding reaches the outputs (forward_noise {entry['forward_noise']:.2g}, above .01): "
-                                "use --dtype float64, or --alpha inf for the limit")
-            if ended != "diverged" and entry["update_noise"] > .02:
-                warn("update", f"rounding loses {entry['update_noise']:.1%} of a step (update_noise, above 2 %): "
-                               "use --dtype float64, or --alpha inf for the limit")
+            for key, limit, what in (("forward_noise", .01, "rounding reaches the outputs"),
+                                     ("update_noise", .02, "rounding swallows part of each step")):
+                if entry[key] > limit and ended != "diverged":
+                    warn(key, f"{what} ({key} {entry[key]:.2g}, above {limit}): use --dtype float64, or --alpha inf")
         s["probes"] += 1
-        s["mean_train_loss"] = entry["mean_train_loss"]
+        s["mean_train_loss"] = float(entry["mean_train_loss"])
         s["probe_seconds"] += time.perf_counter() - begin
         entry["seconds"], entry["probe_seconds"] = round(seconds(), 3), round(s["probe_seconds"], 3)
         log.write(json_line(entry))
@@ -792,6 +816,8 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
         s = {key: place[key] for key in s}
         if place["ended"] == "stop-loss" and o.momentum:
             print(f"{name}: goes on below its old --stop-loss; its momentum was not kept and starts again from 0")
+        else:
+            print(f"{name}: goes on at iteration {s['iteration']}")
         shuffle.set_state(s["order_state"])
     run_step, read_every = (graphed(step, parameters, optimizer, meters, o), 10) if o.device.type == "cuda" else (step, 1)
     order = torch.randperm(len(train_set), generator=shuffle).to(o.device)
@@ -942,13 +968,17 @@ def json_line(entry):
 def write_atomically(path, data, spare=None):
     """Write bytes to a temporary file, flush it to the disk, rename it to `path`; the file that was there becomes `spare`."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if spare and path.exists():
-        os.replace(path, spare)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if spare and path.exists():
+            os.replace(path, spare)
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(e.errno, f"{path} could not be written: {e.strerror}") from None
 
 
 def save_checkpoint(folder, state, spare):
@@ -994,13 +1024,12 @@ def restore(state, folder, parameters, optimizer, meters):
 
 
 @contextlib.contextmanager
-def run_folder(o, alpha, seed, identity):
-    """The folder of one (alpha, seed), locked, with its args.json; refuses to mix runs that differ in what they are.
+def run_folder(o, folder, identity):
+    """The folder of one run, made, locked and marked by its args.json, which names what the run is (see identity_of).
 
-    identity: the options, data and initialisation that define the run. Raises ValueError: another process has the lock,
-    or the folder holds a run of another identity.
+    With --fresh a run that is there is moved aside first. Raises ValueError: another process has the lock; the folder
+    holds a run of another identity (the difference is named); args.json is damaged.
     """
-    folder = pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
     with lock(folder):
         if o.fresh and (folder / "args.json").exists():
             aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
@@ -1009,7 +1038,7 @@ def run_folder(o, alpha, seed, identity):
     with lock(folder):
         path = folder / "args.json"
         if path.exists():
-            there = read_args(path)
+            there = read_args(folder)
             for key, value in json.loads(json_line(identity)).items():
                 if there.get(key) != value:
                     raise ValueError(f"{folder} holds a run with {key} = {there.get(key)}, not {value}: choose another "
@@ -1018,6 +1047,14 @@ def run_folder(o, alpha, seed, identity):
             versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
             write_atomically(path, json_line({"run": identity, "device": str(o.device), "versions": versions}))
         yield folder
+
+
+def read_args(folder):
+    """The identity of the run in a folder, from its args.json. ValueError if that is missing or damaged."""
+    try:
+        return json.loads((folder / "args.json").read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder}/args.json: missing or damaged; --fresh moves the run aside and starts again") from None
 
 
 @contextlib.contextmanager
@@ -1057,22 +1094,14 @@ def read_runs(o):
     runs, classes = {}, 2
     for alpha in o.alpha:
         for seed in o.seeds:
-            path = pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}" / "log.jsonl"
-            records = read_log(path)
+            folder = folder_of(o, alpha, seed)
+            records = read_log(folder / "log.jsonl")
             if records:
                 runs.setdefault(alpha, {})[seed] = records
-                classes = read_args(path.with_name("args.json"))["classes"]
+                classes = read_args(folder)["classes"]
     if not runs:
         raise ValueError(f"{o.out}: no records of alpha {[f'{a:g}' for a in o.alpha]} and seeds {o.seeds}")
     return runs, classes
-
-
-def read_args(path):
-    """What defines the run of a folder, from its args.json. ValueError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: missing or damaged; --fresh moves the run aside and starts again") from None
 
 
 def read_log(path):
@@ -1173,13 +1202,13 @@ def summarise(runs, columns, levels, on="mean_train_loss"):
 def print_table(title, part, columns, levels):
     """Print one table of `summarise`: a row a level, mean +- std (n); a dash where no run has the level."""
     print(f"\n{title}")
-    print("  loss  " + "".join(f"{column:>22}" for column in columns))
+    print("  loss  " + "".join(f"{column:>25}" for column in columns))
     for level in levels:
         row = part["levels"].get(f"{level:g}", {})
         if row:
-            print(f"{level:>6g}  " + "".join(f"{cell(row.get(column)):>22}" for column in columns))
+            print(f"{level:>6g}  " + "".join(f"{cell(row.get(column)):>25}" for column in columns))
     if not part["levels"]:
-        print("     -  (no level is reached on both sides yet)")
+        print("     -  (no level is reached yet)")
 
 
 def cell(value):
@@ -1351,10 +1380,10 @@ def parse(p, quick, argv, options):
 def find_runs(o, alphas, seeds):
     """For --draw-only: where --alpha or --seeds were not given, all that the folder holds."""
     found = []
-    for path in sorted(pathlib.Path(o.out).glob("alpha=*_seed=*/log.jsonl")):
+    for path in sorted(pathlib.Path(o.out).glob("alpha=*/log.jsonl")):
         a, _, s = path.parent.name[len("alpha="):].partition("_seed=")
-        with contextlib.suppress(argparse.ArgumentTypeError):
-            found.append((alpha_type(a), number(int, least=0)(s)))
+        with contextlib.suppress(argparse.ArgumentTypeError):  # not a run's folder, or one moved aside
+            found.append((alpha_type(a), number(int, least=0)(s or 0)))
     if alphas and found:
         o.alpha = sorted({a for a, _ in found})
     if seeds and found:
@@ -1366,7 +1395,7 @@ NOT_IDENTITY = {"alpha", "seeds", "out", "dataset", "data_dir", "epochs", "stop_
                 "fresh", "checkpoint_seconds", "runs", "deciles", "animate"}
 
 
-def identity(o, alpha, seed, images, model):
+def identity_of(o, alpha, seed, images, model):
     """What defines a run: options, data and initialisation (the last two by checksum)."""
     options = {k: str(v) if k == "dtype" else v for k, v in vars(o).items() if k not in NOT_IDENTITY}
     data = crc32(*(images[k] for k in sorted(images) if isinstance(images[k], np.ndarray)))
@@ -1380,11 +1409,15 @@ def my_share(o):
     return [(alpha, seed) for seed in o.seeds for alpha in o.alpha][rank::world]
 
 
+def folder_of(o, alpha, seed):
+    return pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
+
+
 def others_at_work(o):
     """Under torchrun: is some run of the sweep not finished yet? Then another process will draw."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
-    places = [load_checkpoint(pathlib.Path(o.out) / f"alpha={a:g}_seed={s}") for s in o.seeds for a in o.alpha]
+    places = [load_checkpoint(folder_of(o, alpha, seed)) for seed in o.seeds for alpha in o.alpha]
     return not all(place and place["ended"] for place in places)
 
 
@@ -1401,6 +1434,7 @@ def write_summary(o, runs, summary):
 def command_line(main):
     """Run main(argv) as a program: one line and exit code 2 for bad input, 130 for Ctrl-C, 1 if a run diverged."""
     script = os.path.basename(sys.argv[0])
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")  # torch's own, on its first jvp
     try:
         summary = main(sys.argv[1:])
         sys.exit(1 if summary.get("diverged") else 0)

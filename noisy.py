@@ -24,51 +24,40 @@ def make_parser():
     return p
 
 
-def prepare(images, seed, o):
-    """The data of one seed, the same for every alpha: training set with noisy labels, and the groups that are watched."""
-    x, y = images["x_train"], images["y_train"]
-    classes = int(y.max()) + 1
-    rng = np.random.default_rng(seed)
-    if o.subset:
-        keep = np.sort(rng.permutation(len(y))[:o.subset])
-        x, y = x[keep], y[keep]
-    if o.batch_size > len(y):
-        raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(y)}")
-    labels = common.flip_labels(y, o.noise, classes, seed)
-    train = common.Examples(x, labels, images["mean"], images["std"], o)
-    test = common.Examples(images["x_test"][:1000], images["y_test"][:1000], images["mean"], images["std"], o)
-    groups = {}
-    for name, members in (("clean", labels == y), ("noisy", labels != y)):
-        groups[name] = torch.as_tensor(np.sort(rng.permutation(np.flatnonzero(members))[:1000]), device=o.device)
-    return train, test, groups, torch.as_tensor(y, device=o.device), classes
-
-
 def run(alpha, seed, images, o):
     """Train f^alpha from one seed; its records go to OUT/alpha=ALPHA_seed=SEED/log.jsonl."""
-    train, test, groups, true_labels, classes = prepare(images, seed, o)
+    # The data: training images with noisy labels, and the groups that are watched; for every alpha the same.
+    x, true_labels, _ = common.draw_training_set(images, seed, o)
+    classes = int(images["y_train"].max()) + 1
+    labels = common.flip_labels(true_labels, o.noise, classes, seed)
+    statistics = images["mean"], images["std"]
+    train = common.Examples(x, labels, *statistics, o)
+    test = common.Examples(images["x_test"][:1000], images["y_test"][:1000], *statistics, o)
+    wrong = labels != true_labels
+    clean, noisy = (torch.as_tensor(common.some(np.flatnonzero(members), 1000, seed), device=o.device)
+                    for members in (~wrong, wrong))
+    true_labels = torch.as_tensor(true_labels, device=o.device)[noisy]
+
     with common.seeded("init", seed):
         model = common.resnet18(classes, in_channels=train.x.shape[1], width=o.width)
     model = model.to(o.device, o.dtype)
-    probe_x = test.pixels(test.index()[:o.probe_examples])
-    share = round(o.noise * len(train)) / len(train)
-
-    with common.run_folder(o, alpha, seed, common.identity(o, alpha, seed, images, model)) as folder:
+    identity = common.identity_of(o, alpha, seed, images, model)
+    with common.run_folder(o, common.folder_of(o, alpha, seed), identity) as folder:
         centered = common.center(model, alpha)
         test.cache_f0(centered)
 
         def evaluate():
             entry = {}
-            for name, examples, index in (("clean", train, groups["clean"]), ("noisy", train, groups["noisy"]),
-                                          ("test", test, test.index())):
+            for name, examples, index in (("clean", train, clean), ("noisy", train, noisy), ("test", test, test.index())):
                 f = examples.predict(centered, index)
-                loss, correct = common.losses(f, examples.y[index])
-                entry[f"{name}_loss"], entry[f"{name}_acc"] = loss.mean().item(), correct.float().mean().item()
+                entry[f"{name}_loss"], entry[f"{name}_acc"] = common.measure(f, examples.y[index])
                 if name == "noisy":  # the same outputs against the labels before the noise
-                    entry["noisy_true_acc"] = (f.argmax(1) == true_labels[index]).float().mean().item()
+                    entry["noisy_true_acc"] = common.measure(f, true_labels)[1]
             for what in ("loss", "acc"):
-                entry[f"mean_train_{what}"] = (1 - share) * entry[f"clean_{what}"] + share * entry[f"noisy_{what}"]
+                entry[f"mean_train_{what}"] = (1 - wrong.mean()) * entry[f"clean_{what}"] + wrong.mean() * entry[f"noisy_{what}"]
             return entry
 
+        probe_x = test.pixels(test.index()[:o.probe_examples])
         return common.train(folder, centered, train, probe_x, evaluate, o, seed, classes)
 
 

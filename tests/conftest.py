@@ -1,0 +1,52 @@
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run with -m slow")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Small networks gain nothing from threads, and results stay bit-equal between this process and its children."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_arrays(n=60, classes=3, size=8, seed=0):
+    """Images that a small network learns in seconds: a bright bar whose place is the class, under noise."""
+    rng = np.random.default_rng(seed)
+
+    def split(n):
+        y = np.arange(n) % classes
+        x = rng.integers(0, 100, (n, size, size, 3))
+        for i, c in enumerate(y):
+            x[i, :, 2 * c:2 * c + 2] += 120
+        return x.astype(np.uint8), y, rng.uniform(size=n)
+
+    arrays = {}
+    for name, count in (("train", n), ("test", 30)):
+        arrays[f"x_{name}"], arrays[f"y_{name}"], arrays[f"score_{name}"] = split(count)
+    return arrays
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.npz"
+    np.savez(path, **tiny_arrays())
+    return path
+
+
+# Options with which a whole experiment on `tiny` takes about a second.
+TINY = dict(alpha=[1, 100], epochs=6, width=4, batch_size=10, lr=.01, probe_examples=6, device="cpu")

@@ -1,0 +1,225 @@
+"""The centred model and its optimizer, in float64 against hand-made gradients, finite differences and closed forms."""
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import common
+
+
+def network(seed=0, inputs=5, outputs=3):
+    torch.manual_seed(seed)
+    return common.mlp([inputs, 16, 16, outputs]).double()
+
+
+def batch(seed=1, n=12):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 5, generator=g, dtype=torch.float64), torch.randint(3, (n,), generator=g)
+
+
+@pytest.mark.parametrize("alpha", [.5, 1, 100, math.inf])
+def test_zero_at_initialisation(alpha):
+    f = common.center(network(), alpha)
+    assert torch.equal(f(batch()[0]), torch.zeros(12, 3, dtype=torch.float64))
+
+
+def test_cached_f0_is_zero_within_rounding_and_gives_the_same_gradient():
+    x, y = batch(n=50)
+    f = common.center(common.mlp([5, 64, 64, 3]), 100)
+    x = x.float()
+    f0 = torch.cat([f.model0(x[:7]), f.model0(x[7:])])
+    assert f(x, f0).abs().max() < 1e-3
+    f.double()
+    x = x.double()
+    assert torch.allclose(f(x, f.model0(x)), f(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0, .9])
+@pytest.mark.parametrize("alpha", [.5, 1, 100])
+def test_steps_equal_the_lr_over_alpha_form(alpha, momentum):
+    """lr / alpha^2 on L(f^a) is lr / alpha on the hand-made gradient J^T l'(f^a), momentum included."""
+    x, y = batch()
+    model = network()
+    twin = copy.deepcopy(model)
+    start = twin(x).detach()
+    f = common.center(model, alpha)
+    optimizer = common.scaled_sgd(f, .1, momentum)
+    velocity = [torch.zeros_like(p) for p in twin.parameters()]
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(f(x), y).backward()
+        optimizer.step()
+        out = twin(x)
+        fa = (alpha * (out - start)).detach()
+        slope = (fa.softmax(1) - nn.functional.one_hot(y, 3)) / len(x)  # dL / df^a, by hand
+        gradient = torch.autograd.grad(out, list(twin.parameters()), slope)  # J^T slope
+        with torch.no_grad():
+            for p, v, g in zip(twin.parameters(), velocity, gradient):
+                v.mul_(momentum).add_(g)
+                p.sub_(.1 / alpha * v)
+        for p, q in zip(model.parameters(), twin.parameters()):
+            assert torch.allclose(p, q, rtol=1e-10, atol=1e-13)
+
+
+def test_gradient_against_finite_differences():
+    x, y = batch()
+    f = common.center(network(), 3.0)
+    with torch.no_grad():
+        for p in f.model.parameters():
+            p.add_(.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype))
+    loss = lambda: nn.functional.cross_entropy(f(x), y)
+    loss().backward()
+    for p in f.model.parameters():
+        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
+        with torch.no_grad():
+            p.add_(1e-6 * direction)
+            up = loss()
+            p.sub_(2e-6 * direction)
+            down = loss()
+            p.add_(1e-6 * direction)
+        assert math.isclose((up - down).item() / 2e-6, (p.grad * direction).sum().item(), rel_tol=1e-5, abs_tol=1e-9)
+
+
+def train_steps(f, x, y, lr=.1, momentum=0.0, steps=30):
+    optimizer = common.scaled_sgd(f, lr, momentum)
+    curve = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = f(x)
+        nn.functional.cross_entropy(out, y).backward()
+        optimizer.step()
+        curve.append(out.detach())
+    return torch.stack(curve)
+
+
+def test_growing_alpha_approaches_the_linear_network():
+    x, y = batch()
+    limit = train_steps(common.center(network(), math.inf), x, y, momentum=.9)
+    errors = [(train_steps(common.center(network(), alpha), x, y, momentum=.9) - limit).norm() / limit.norm()
+              for alpha in (10, 100, 1000, 10000)]
+    assert all(a > 5 * b for a, b in zip(errors, errors[1:])) and errors[-1] < 1e-3  # first order in 1 / alpha
+
+
+def test_linearized_equals_jvp_by_hand():
+    x, _ = batch()
+    model = network()
+    f = common.center(model, math.inf)
+    with torch.no_grad():
+        for d in f.delta:
+            d.normal_(generator=torch.Generator().manual_seed(4))
+    jacobian = torch.autograd.functional.jacobian  # J delta, from whole Jacobians of one parameter at a time
+    out = 0
+    for (name, p), d in zip(model.named_parameters(), f.delta):
+        g = lambda v, name=name: torch.func.functional_call(model, {name: v}, (x,))
+        out = out + jacobian(g, p.detach()).flatten(2) @ d.detach().flatten()
+    assert torch.allclose(f(x), out, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, .9])
+def test_linearized_training_is_kernel_gradient_descent(momentum):
+    """In function space, with the fixed empirical NTK: f <- f - lr v, v <- momentum v + K l'(f)."""
+    x, y = batch()
+    model = network()
+    K = common.empirical_ntk(model, x).reshape(36, 36)
+    curve = train_steps(common.center(model, math.inf), x, y, .3, momentum, 40)
+    f, v = torch.zeros(36, dtype=torch.float64), torch.zeros(36, dtype=torch.float64)
+    for step in curve:
+        assert torch.allclose(step.flatten(), f, rtol=1e-9, atol=1e-12)
+        slope = (f.view(12, 3).softmax(1) - nn.functional.one_hot(y, 3)) / 12
+        v = momentum * v + K @ slope.flatten()
+        f = f - .3 * v
+    assert f.abs().max() > .5  # it went somewhere
+
+
+@pytest.mark.parametrize("alpha", [0, -1, math.nan, -math.inf, "1", "abc", None, True, [1], 1e200])
+def test_bad_alpha(alpha):
+    with pytest.raises(ValueError, match="alpha must be"):
+        common.center(network(), alpha)
+
+
+def test_alpha_may_be_any_kind_of_number():
+    import numpy as np
+    for alpha in (2, np.float32(2), np.int64(2), torch.tensor(2.0)):
+        assert common.center(network(), alpha).alpha == 2
+
+
+@pytest.mark.parametrize("lr, momentum", [(0, 0), (-1, 0), (math.nan, 0), (math.inf, 0), (.1, 1), (.1, -.1)])
+def test_bad_learning_rate(lr, momentum):
+    with pytest.raises(ValueError):
+        common.scaled_sgd(common.center(network(), 1), lr, momentum)
+
+
+def test_optimizer_has_no_weight_decay_and_leaves_theta0_alone():
+    f = common.center(network(), 10)
+    optimizer = common.scaled_sgd(f, .1)
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert optimizer.param_groups[0]["lr"] == .1 / 100
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in f.model.parameters()}
+    assert common.scaled_sgd(common.center(network(), math.inf), .1).param_groups[0]["lr"] == .1
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(16), nn.Dropout(.5), nn.BatchNorm1d(16, track_running_stats=False),
+                                   nn.RReLU(), nn.AlphaDropout(.1)])
+@pytest.mark.parametrize("alpha", [1, math.inf])
+def test_networks_that_depend_on_chance_or_batch_are_refused(layer, alpha):
+    model = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3))
+    for call in (lambda: common.center(model, alpha), lambda: common.empirical_ntk(model, torch.randn(4, 5))):
+        with pytest.raises(ValueError, match="training mode"):
+            call()
+    if getattr(layer, "track_running_stats", True):
+        f = common.center(model.eval(), alpha)
+        assert not f(torch.randn(4, 5)).any()
+        f.train()
+        with pytest.raises(ValueError, match="training mode"):
+            f(torch.randn(4, 5))
+
+
+def test_f0_of_another_shape_is_refused():
+    f = common.center(network(outputs=1), 1)
+    with pytest.raises(ValueError, match="shape"):
+        f(batch()[0], torch.zeros(12, dtype=torch.float64))
+
+
+def test_resnet_is_torchvisions_without_batch_norm():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    ours = common.resnet18(10)
+    assert sum(p.numel() for p in ours.parameters()) == 11_176_842
+    theirs = torchvision.models.resnet18(num_classes=10, norm_layer=lambda channels: nn.Identity())
+    state = {k.replace(".downsample.", ".downsample.0."): v for k, v in ours.state_dict().items()}
+    for name, m in theirs.named_modules():  # give theirs the biases that its batch norm would have had
+        if isinstance(m, nn.Conv2d):
+            m.bias = nn.Parameter(torch.zeros(m.out_channels))
+    theirs.load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    w = ours.layer2[0].conv1.weight
+    assert math.isclose(w.std().item(), math.sqrt(2 / (128 * 9)), rel_tol=.02)  # He-normal, fan-out
+
+
+def test_how_much_of_the_network_can_move_on_32_x_32():
+    """The comment in resnet18: 6.94 M of the parameters never receive a gradient (taps that only ever see padding)."""
+    torch.manual_seed(0)
+    model = common.resnet18(2, width=8).double()
+    with torch.no_grad():
+        for m in model.modules():  # positive activations everywhere: no ReLU hides a tap
+            if isinstance(m, nn.Conv2d):
+                m.weight.abs_(), m.bias.abs_()
+    model(torch.rand(4, 3, 32, 32, dtype=torch.float64) + .1)[:, 0].sum().backward()
+    still = {name: (p.grad == 0).double().mean().item() for name, p in model.named_parameters() if p.dim() == 4}
+    expected = {"layer4.0.conv1.weight": 5 / 9, "layer4.0.conv2.weight": 8 / 9,
+                "layer4.1.conv1.weight": 8 / 9, "layer4.1.conv2.weight": 8 / 9}
+    assert still == pytest.approx({name: expected.get(name, 0.0) for name in still})
+    sizes = {name: p.numel() for name, p in common.resnet18(10).named_parameters()}
+    assert round(sum(share * sizes[name] for name, share in expected.items())) == 6_946_816
+
+
+def test_center_takes_networks_with_pretrained_batch_norm_in_eval_mode():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 2)).eval()
+    for alpha in (1, math.inf):
+        f = common.center(model, alpha)
+        loss = f(torch.randn(5, 3, 8, 8)).sum()
+        loss.backward()
+        assert loss == 0
