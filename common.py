@@ -564,23 +564,22 @@ def check_images(images, path):
     return checked
 
 
-def synthetic(n_train=2000, n_test=1000, classes=10, size=32):
-    """Images of known difficulty, drawn from a fixed seed. Each class has a smooth pattern of its own. An image is its
-    class's pattern mixed with another class's, share d of it, under pixel noise; d, uniform in [0, .5), is the
-    difficulty, and the score is 1 - d."""
+def synthetic(n_train=1200, n_test=400, classes=10, size=32):
+    """Images of known difficulty, from a fixed seed. Each class has a smooth pattern; an image is its class's pattern,
+    share 1 - d, and a smooth pattern of its own, share d, under pixel noise. d, uniform in [0, .9), is the difficulty:
+    an easy image shares its pattern with many, a hard one is mostly alone. The score is 1 - d."""
     rng = np.random.default_rng(0)
     grid = np.arange(size) / size
-    waves = np.stack([np.cos(2 * np.pi * (u * grid[:, None] + v * grid) + p)
-                      for u in range(3) for v in range(3) for p in (0, np.pi / 2) if u + v])  # (16, size, size)
-    pattern = np.einsum("kwc,whv->khvc", rng.normal(size=(classes, len(waves), 3)), waves) / 4  # (classes, size, size, 3)
+    waves = np.stack([np.cos(2 * np.pi * (u * grid[:, None] + v * grid) + phase)
+                      for u in range(3) for v in range(3) for phase in (0, np.pi / 2) if u + v])  # (16, size, size)
+    smooth = lambda n: np.einsum("kwc,whv->khvc", rng.normal(size=(n, 16, 3)), waves) / 4  # (n, size, size, 3)
+    pattern = smooth(classes)
 
     def draw(n):
         y = rng.permutation(np.arange(n) % classes)
-        other = (y + rng.integers(1, classes, n)) % classes
-        d = rng.uniform(0, .5, n)
-        x = (1 - d)[:, None, None, None] * pattern[y] + d[:, None, None, None] * pattern[other]
-        x = 128 + 50 * (x + rng.normal(size=x.shape))
-        return x.clip(0, 255).astype(np.uint8), y, 1 - d
+        d = rng.uniform(0, .9, (n, 1, 1, 1))
+        x = (1 - d) * pattern[y] + d * smooth(n) + 1.4 * rng.normal(size=(n, size, size, 3))
+        return (128 + 40 * x).clip(0, 255).astype(np.uint8), y, 1 - d.ravel()
 
     names = ("x", "y", "score")
     return {f"{name}_{split}": value for split, n in (("train", n_train), ("test", n_test))
@@ -1045,7 +1044,9 @@ def run_folder(o, folder, identity):
                                      "--out, or --fresh to move it aside")
         else:
             versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
-            write_atomically(path, json_line({"run": identity, "device": str(o.device), "versions": versions}))
+            dataset = os.path.basename(getattr(o, "dataset", ""))  # for the reader; data_crc32 is what is compared
+            write_atomically(path, json_line({"run": identity, "dataset": dataset, "device": str(o.device),
+                                              "versions": versions}))
         yield folder
 
 
@@ -1193,10 +1194,40 @@ def summarise(runs, columns, levels, on="mean_train_loss"):
             return spread([p - q for p, q in pairs if p is not None and q is not None], interval=True)
         return table(cell)
 
+    def linearity(seeds):
+        """The linearity measures at each level and at the end, over seeds."""
+        rows = {f"{level:g}": {key: spread([between(r, level, key, on) for r in seeds.values()]) for key in LINEARITY}
+                for level in levels}
+        rows["end"] = {key: spread([r[-1].get(key) for r in seeds.values()]) for key in LINEARITY}
+        return {level: row for level, row in rows.items() if any(row.values())}
+
     alphas = list(runs)
-    return {"alphas": {f"{a:g}": table(lambda level, column: spread([value[a, s, level, column] for s in runs[a]]))
-                       for a in alphas},
+    return {"alphas": {f"{a:g}": {**table(lambda level, column: spread([value[a, s, level, column] for s in runs[a]])),
+                                  "linearity": linearity(runs[a])} for a in alphas},
             "paired": {f"{a:g} - {b:g}": paired(a, b) for i, a in enumerate(alphas) for b in alphas[i + 1:]}}
+
+
+LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "linearisation_error")
+
+
+def between(records, level, key, on):
+    """`key` where the loss `on` falls through `level`, on a line in ln(loss) between the two probes around it that have
+    measured it (every fifth); None if there are not two such probes."""
+    points = [(math.log(r[on] / level), r[key]) for r in records if r.get(key) is not None and (r.get(on) or 0) > 0]
+    for (x, u), (y, v) in zip(points, points[1:]):
+        if x >= 0 > y:
+            return u + (v - u) * x / (x - y)
+
+
+def print_linearity(summary, levels):
+    """Print the linearity measures at the lowest of the paper's losses 1.0 and .5 that was reached, and at the end."""
+    print("\nlinearity, on held-out images" + "".join(f"{key:>22}" for key in LINEARITY))
+    for alpha, part in summary["alphas"].items():
+        for level in [f"{level:g}" for level in (1.0, .5) if level in levels] + ["end"]:
+            if level in part["linearity"]:
+                row = part["linearity"][level]
+                print(f"  alpha = {alpha:<5} {'at loss ' + level if level != 'end' else 'at the end':<14}"
+                      + "".join(f"{cell(row[key]):>22}" for key in LINEARITY))
 
 
 def print_table(title, part, columns, levels):
@@ -1253,10 +1284,13 @@ def alpha_label(alpha):
 
 
 def draw_linearity(ax, runs, x, colour, label):
-    """The three similarity measures against x, and how far f^a is from linear (1 - linearisation error)."""
-    for key, style, name in (("sign_similarity", "-", "ReLU signs"), ("repr_alignment", "--", "representation"),
-                             ("ntk_alignment", ":", "NTK")):
-        band(ax, runs, x, lambda r: r.get(key), color=colour, linestyle=style, label=f"{name}, {label}")
+    """The three similarities to initialisation against x, and how far f^a is from its linearisation."""
+    for key, style in (("sign_similarity", "-"), ("repr_alignment", "--"), ("ntk_alignment", ":"),
+                       ("linearisation_error", "-.")):
+        name = {"sign_similarity": "ReLU signs", "repr_alignment": "representation", "ntk_alignment": "NTK",
+                "linearisation_error": "linearisation error"}[key]
+        thin = dict(linewidth=1, alpha=.8) if key == "linearisation_error" else {}
+        band(ax, runs, x, lambda r: r.get(key), color=colour, linestyle=style, label=f"{name}, {label}", **thin)
 
 
 def save_figure(figure, folder, name):
@@ -1422,13 +1456,15 @@ def others_at_work(o):
 
 
 def write_summary(o, runs, summary):
-    """Write OUT/summary.json: the options, then `summary`, and which runs diverged. Returns the whole."""
-    options = {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in vars(o).items()}
-    options["alpha"] = [f"{a:g}" for a in o.alpha]
+    """Write OUT/summary.json: what the runs are (from their args.json), `summary`, and which diverged. Returns it all."""
+    args = json.loads(min(pathlib.Path(o.out).glob("alpha=*/args.json")).read_text())
+    what = {key: value for key, value in args["run"].items() if key not in ("alpha", "seed", "theta0_crc32")}
+    options = {"dataset": args.get("dataset"), "alpha": [f"{alpha:g}" for alpha in runs],
+               "seeds": sorted({seed for seeds in runs.values() for seed in seeds}), **what}
     diverged = [f"alpha={a:g}_seed={s}" for a in runs for s in runs[a] if runs[a][s][-1]["mean_train_loss"] is None]
-    whole = {"options": options, **summary, "diverged": diverged}
-    write_atomically(pathlib.Path(o.out) / "summary.json", json_line(whole))
-    return json.loads(json_line(whole))
+    whole = json_line({"options": options, **summary, "diverged": diverged})
+    write_atomically(pathlib.Path(o.out) / "summary.json", whole)
+    return json.loads(whole)
 
 
 def command_line(main):

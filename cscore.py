@@ -18,7 +18,8 @@ import torch
 
 import common
 
-QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=30, width=8, lr=.005, batch_size=100, probe_examples=25, stop_loss=.3)
+QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=26, width=16, lr=.0005, batch_size=25, probe_examples=25,
+             stop_loss=1.25, levels=[1.7, 1.6, 1.5, 1.4, 1.3])
 SCORES = "cifar10-cscores-orig-order.npz"
 SCORE_URLS = ["https://pluskid.github.io/structural-regularity/cscores/" + SCORES,
               "https://raw.githubusercontent.com/pluskid/structural-regularity/HEAD/docs/cscores/" + SCORES]
@@ -161,6 +162,7 @@ def summarise(o, runs, classes):
     for pair, part in summary["paired"].items():
         common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part,
                            ["gap", "decile_1", "decile_10", "test_gap"], levels)
+    common.print_linearity(summary, levels)
     print("\nMean training loss at which each decile has fallen to half its initial loss (hardest to easiest)")
     for alpha in runs:
         half = summary["alphas"][f"{alpha:g}"]["half_way"]
@@ -186,18 +188,18 @@ def draw(o, runs):
         ax.set(xlabel=x.replace("_", " "), ylabel="loss")
         ax.legend(fontsize=8)
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     panel(left, "decile", "mean_train_loss")
     left.set(title="Training loss by C-score decile (1 = hardest)", xlabel="mean training loss (training goes to the right)")
     for c, alpha in zip(common.COLOURS, alphas):
         common.draw_linearity(right, runs[alpha].values(), of("mean_train_loss"), c, common.alpha_label(alpha))
-    right.set(xlabel="mean training loss", ylabel="similarity to initialisation", title="Linearity", ylim=(None, 1.03))
-    right.legend(fontsize=8)
+    right.set(xlabel="mean training loss", ylabel="similarity to initialisation", title="Linearity", ylim=(0, None))
+    right.legend(fontsize=7, ncols=len(runs))
     left.invert_xaxis(), right.invert_xaxis()
     common.save_figure(figure, o.out, "cscore")
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     panel(left, "test_decile", "mean_train_loss")
     left.set(title="Test loss by decile")

@@ -14,7 +14,8 @@ import torch
 
 import common
 
-QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=40, width=8, lr=.02, batch_size=100, probe_examples=25, stop_loss=.3)
+QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=26, width=16, lr=.0005, batch_size=25, probe_examples=25,
+             stop_loss=1.25, levels=[1.7, 1.6, 1.5, 1.4, 1.3])
 
 
 def make_parser():
@@ -82,6 +83,7 @@ def summarise(o, runs, classes):
     for alpha in runs:
         common.print_table(f"alpha = {alpha:g}, at equal loss of the clean group", summary["at_clean_loss"]["alphas"][f"{alpha:g}"],
                            ["noisy_loss", "test_loss", "noisy_true_acc"], levels)
+    common.print_linearity(summary, levels)
     print()
     for alpha in runs:
         s = summary["alphas"][f"{alpha:g}"]["smallest_test_loss"]
@@ -93,7 +95,7 @@ def draw(o, runs):
     """noisy.png, the paper's Figure 3, and noisy_curves.png, the same runs against iterations."""
     from matplotlib.figure import Figure
     of = lambda key: lambda r: r.get(key)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
         label = common.alpha_label(alpha)
@@ -102,11 +104,11 @@ def draw(o, runs):
         common.draw_linearity(right, seeds.values(), of("clean_acc"), colour, label)
     left.invert_xaxis()
     left.set(xlabel="loss of the clean examples (training goes to the right)", ylabel="loss", title="Equal clean loss")
-    right.set(xlabel="accuracy on the clean examples", ylabel="similarity to initialisation", ylim=(None, 1.03), title="Linearity")
-    left.legend(fontsize=8), right.legend(fontsize=8)
+    right.set(xlabel="accuracy on the clean examples", ylabel="similarity to initialisation", ylim=(0, None), title="Linearity")
+    left.legend(fontsize=8), right.legend(fontsize=7, ncols=len(runs))
     common.save_figure(figure, o.out, "noisy")
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = {"clean": "-", "noisy": "--", "test": ":"}
     for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
