@@ -161,7 +161,7 @@ def scaled_sgd(centered, lr, momentum=0.0):
 
 
 def empirical_ntk(model, x, y=None, trace=False, memory=2**30):
-    """K[i, c, j, e] = < d f_c(x_i) / d theta, d f_e(y_j) / d theta >, exact, over all parameters that require gradients.
+    """K[i, c, j, e] = < d f_c(x_i) / d theta, d f_e(y_j) / d theta >, exact; theta: all that requires gradients.
 
     Never holds the Jacobian (for ResNet18, 100 examples and 10 outputs: 45 GB). With A the input of a layer at its
     positions t and G the gradient of an output with respect to what the layer returns there, the layer's part of the
@@ -306,12 +306,13 @@ def structured_layers(model, x):
                 and len(calls[m][0][1]) == 2 and (calls[m][0][0].dim() == 4 or isinstance(m, nn.Linear)))
 
     layers = [m for m in candidates if once(m)]
-    reached = torch.autograd.grad(f[0].sum(), [calls[m][0][1] for m in layers], materialize_grads=True) if layers else []
+    outs = [calls[m][0][1] for m in layers]
+    reached = torch.autograd.grad(f[0].sum(), outs, materialize_grads=True) if layers else []
     return [m for m, g in zip(layers, reached) if not g[1].any()]  # example 0 must not depend on row 1
 
 
 def kernel_alignment(K, K0, centered=False):
-    """KA(K, K0) = Tr[K K0] / (|K|_F |K0|_F), in [0, 1] for positive semi-definite kernels; 1 if proportional (paper, sec. 3).
+    """KA(K, K0) = Tr[K K0] / (|K|_F |K0|_F), in [0, 1] for kernels; 1 if proportional (paper, section 3).
 
     K, K0: both (N, N) or both (N, C, N, C). centered=True: H K H with H = I - 1 1^T / n over the n = N C rows (CKA:
     Cortes, Mohri, Rostamizadeh 2012; Kornblith et al. 2019). Returns a float, nan if a kernel is 0.
@@ -319,7 +320,8 @@ def kernel_alignment(K, K0, centered=False):
     """
     rows = K.shape[0] * (K.shape[1] if K.dim() == 4 else 1)
     if K.shape != K0.shape or K.numel() != rows**2:
-        raise ValueError(f"need two kernels (N, N) or (N, C, N, C) of one shape, got {tuple(K.shape)}, {tuple(K0.shape)}")
+        raise ValueError("need two kernels (N, N) or (N, C, N, C) of one shape, got "
+                         f"{tuple(K.shape)} and {tuple(K0.shape)}")
     K, K0 = K.reshape(rows, rows).double(), K0.reshape(rows, rows).double()
     if centered:
         K, K0 = (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (K, K0))
@@ -360,13 +362,13 @@ def relu_signs(model, x):
 
 
 def sign_similarity(s, s0):
-    """Share of ReLU units, over examples and units, that are active in both or in neither (paper, section 3). A float."""
+    """Share of ReLU units, over examples and units, active in both or in neither (paper, section 3). A float."""
     return (s == s0).double().mean().item()
 
 
 @torch.no_grad()
 def representation(model, x):
-    """What the last nn.Linear receives: x (N, ...) -> (N, d). Raises ValueError if there is none, or it is not called."""
+    """What the last nn.Linear receives: x (N, ...) -> (N, d). Raises ValueError if none is called."""
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     seen = []
     handles = [m.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())) for m in last]
@@ -395,7 +397,7 @@ def representation_alignment(R, R0, gram=False):
 def linearisation_error(centered, x):
     """|f^a(x) - a grad f_theta0(x) . (theta - theta0)| / |f^a(x)|: how far the network is from its own linearisation.
 
-    centered: a CenteredModel (a LinearizedModel is its own linearisation: 0). x (N, ...). Returns a float, nan at theta0.
+    centered: a CenteredModel (a LinearizedModel is its own linearisation: 0). x (N, ...). A float, nan at theta0.
     """
     if centered.alpha == float("inf"):
         return 0.0
@@ -413,7 +415,7 @@ def linearisation_error(centered, x):
 
 
 def mlp(sizes):
-    """Linear layers of the given sizes with ReLU between them, torch's default initialisation: mlp([7, 60, 60, 60, 1])."""
+    """Linear layers of the given sizes with ReLU between them, torch's default initialisation: mlp([7, 60, 60, 1])."""
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -505,8 +507,8 @@ def cifar10(data_dir):
     try:
         train = source(data_dir, train=True, download=True)
     except (OSError, RuntimeError) as e:  # torchvision reports a bad checksum as RuntimeError
-        raise OSError(f"CIFAR-10 could not be fetched from {source.url} ({getattr(e, 'reason', e)}). Put {source.filename} "
-                      f"into {os.path.abspath(data_dir)} by hand, or try --dataset synthetic") from None
+        raise OSError(f"CIFAR-10 could not be fetched from {source.url} ({getattr(e, 'reason', e)}). Put "
+                      f"{source.filename} into {os.path.abspath(data_dir)} by hand, or try --dataset synthetic") from None
     x, y = train.data, np.array(train.targets)
     return {"x_train": x[:40000], "y_train": y[:40000], "x_test": x[40000:], "y_test": y[40000:],
             "mean": [.4914, .4822, .4465], "std": [.2023, .1994, .2010]}
@@ -525,11 +527,12 @@ def read_npz(path):
         raise
     except Exception as e:  # hostile bytes make numpy and zipfile raise nearly anything, MemoryError included
         reason = "it claims more data than fits into memory" if isinstance(e, MemoryError) else str(e).split("\n")[0]
-        raise ValueError(f"{path}: not a readable .npz file (truncated, damaged or another format: {reason[:150]})") from None
+        raise ValueError(f"{path}: not a readable .npz file (truncated, damaged or another format: "
+                         f"{reason[:150]})") from None
 
 
 def check_images(images, path):
-    """Check the arrays of a FILE.npz (see load_images) and bring them to their types; ValueError says which is wrong."""
+    """Check the arrays of a FILE.npz (see load_images), bring them to their types; ValueError says which is wrong."""
     def refuse(reason):
         raise ValueError(f"{path}: {reason}")
 
@@ -649,7 +652,8 @@ def draw_training_set(images, seed, o):
         keep = np.sort(np.random.default_rng(seed).permutation(keep)[:o.subset])
     if o.batch_size > len(keep):
         raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
-    return images["x_train"][keep], images["y_train"][keep], images["score_train"][keep] if "score_train" in images else None
+    score = images["score_train"][keep] if "score_train" in images else None
+    return images["x_train"][keep], images["y_train"][keep], score
 
 
 def some(members, count, seed):
@@ -664,7 +668,7 @@ def measure(f, y):
 
 
 def losses(f, y):
-    """Outputs f (N, C) and labels y (N,) -> loss (N,) and correctness (N,): cross-entropy, or logistic loss at C = 1."""
+    """f (N, C) and labels y (N,) -> loss (N,) and correctness (N,): cross-entropy, or logistic loss at C = 1."""
     if f.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(f[:, 0], y.to(f.dtype), reduction="none"), (f[:, 0] > 0) == (y > 0)
     return F.cross_entropy(f, y, reduction="none"), f.argmax(1) == y
@@ -706,7 +710,7 @@ class LinearityProbe:
 
 @torch.no_grad()
 def forward_noise(centered, x):
-    """Rounding that reaches the output: a max |f(x) - f(x) in float64| of the raw network (of f^a itself at a = inf)."""
+    """Rounding that reaches the output: a max |f(x) - f(x) in float64| of the raw network (of f^a at a = inf)."""
     import copy
     f, scale = (centered, 1.0) if centered.alpha == math.inf else (centered.model, centered.alpha)
     return scale * (f(x) - copy.deepcopy(f).double()(x.double())).abs().max().item()
@@ -818,10 +822,12 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
         else:
             print(f"{name}: goes on at iteration {s['iteration']}")
         shuffle.set_state(s["order_state"])
-    run_step, read_every = (graphed(step, parameters, optimizer, meters, o), 10) if o.device.type == "cuda" else (step, 1)
+    run_step, read_every = step, 1
+    if o.device.type == "cuda":  # to read a number from the device is to wait for it
+        run_step, read_every = graphed(step, parameters, optimizer, meters, o), 10
     order = torch.randperm(len(train_set), generator=shuffle).to(o.device)
     earlier, started, saved = s["seconds"], time.perf_counter(), time.monotonic()
-    progress = Progress(name, total, s["iteration"], highest)
+    progress = Progress(name, total, s["iteration"])
     with open(folder / "log.jsonl", "ab") as log, interruptible() as asked:
         log.truncate(s["log_bytes"])  # what lies behind is made again, the same
         log.seek(s["log_bytes"])
@@ -863,7 +869,7 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
 
 
 def graphed(step, parameters, optimizer, meters, o):
-    """The same step as one CUDA graph with a static index: no launch costs. `step` itself, with a line, if that fails."""
+    """The same step as one CUDA graph on a static index: no launch costs. `step` itself, with a line, if that fails."""
     index = torch.arange(o.batch_size, device=o.device)
     kept = [*parameters, meters] + [optimizer.state[p]["momentum_buffer"] for p in parameters if optimizer.state[p]]
     values = [t.detach().clone() for t in kept]
@@ -898,7 +904,7 @@ def generator(what, seed):
 
 @contextlib.contextmanager
 def seeded(what, seed):
-    """Seed torch's global CPU generator inside the block (network initialisation draws from it) and put it back after."""
+    """Seed torch's global CPU generator inside the block (initialisation draws from it) and put it back after."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{what} {seed}".encode()))
         yield
@@ -930,7 +936,7 @@ def interruptible():
 class Progress:
     """One status line on a terminal; one aligned line a probe into a file or pipe."""
 
-    def __init__(self, name, total, first, highest):
+    def __init__(self, name, total, first):
         self.name, self.total, self.first, self.begin, self.shown = name, total, first, time.monotonic(), 0.0
         self.terminal = sys.stdout.isatty()
 
@@ -965,7 +971,7 @@ def json_line(entry):
 
 
 def write_atomically(path, data, spare=None):
-    """Write bytes to a temporary file, flush it to the disk, rename it to `path`; the file that was there becomes `spare`."""
+    """Write bytes to a temporary file, flush it to the disk, rename it to `path`; the one that was there to `spare`."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1015,7 +1021,7 @@ def restore(state, folder, parameters, optimizer, meters):
     targets = [*parameters, meters]
     values = [*state["parameters"], state["meters"]]
     if len(targets) != len(values) or any(t.shape != v.shape or t.dtype != v.dtype for t, v in zip(targets, values)):
-        raise ValueError(f"{folder}: the checkpoint is of another network; --fresh moves the run aside and starts again")
+        raise ValueError(f"{folder}: the checkpoint is of another network; --fresh moves the run aside")
     for target, value in zip(targets, values):
         target.copy_(value)
     for p, value in zip(parameters, state["momentum"]):
@@ -1055,7 +1061,7 @@ def read_args(folder):
     try:
         return json.loads((folder / "args.json").read_text())["run"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}/args.json: missing or damaged; --fresh moves the run aside and starts again") from None
+        raise ValueError(f"{folder}/args.json: missing or damaged; --fresh moves the run aside") from None
 
 
 @contextlib.contextmanager
@@ -1145,7 +1151,7 @@ def student_t(n):
 
 
 def spread(values, interval=False):
-    """{"mean", "std", "n"} of the values that are not None, with "interval" (95 %, Student's t) from three on; or None."""
+    """{"mean", "std", "n"} of the values that are not None, and "interval" (95 %, Student's t) from three on; or None."""
     values = [v for v in values if v is not None]
     if not values:
         return None
@@ -1293,6 +1299,11 @@ def draw_linearity(ax, runs, x, colour, label):
         band(ax, runs, x, lambda r: r.get(key), color=colour, linestyle=style, label=f"{name}, {label}", **thin)
 
 
+def legend_below(ax, columns):
+    """A legend under the axis labels, where it covers no curve; entries run down the columns, one an alpha."""
+    ax.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(.5, -.15))
+
+
 def save_figure(figure, folder, name):
     """Write folder/name.png and .pdf, each whole or not at all, on white."""
     for kind in ("png", "pdf"):
@@ -1309,8 +1320,8 @@ def save_figure(figure, folder, name):
 
 def number(kind, least=None, above=None, most=None, below=None):
     """An argparse type: an int or float within bounds, whose error says what was wanted."""
-    bounds = [f"{word} {b:g}" for word, b in (("at least", least), ("above", above), ("at most", most), ("below", below))
-              if b is not None]
+    limits = ("at least", least), ("above", above), ("at most", most), ("below", below)
+    bounds = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
     wanted = ("a whole number" if kind is int else "a number") + (" " + " and ".join(bounds) if bounds else "")
 
     def parse(text):
@@ -1334,7 +1345,7 @@ def alpha_type(text):
     except ValueError:
         alpha = math.nan
     if not (1e-6 <= alpha <= 1e12 or alpha == math.inf) or float(f"{alpha:g}") != alpha:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 (1e-6 to 1e12, at most six digits), or inf; not {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 (1e-6 to 1e12, at most six digits), or inf; not {text}")
     return alpha
 
 
@@ -1346,17 +1357,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(doc, name, **defaults):
-    """The flags that experiments share, with a script's defaults where it has its own. Those that are None are left out."""
-    p = Parser(prog=f"{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """The flags that experiments share, with a script's own defaults; those given as None are left out."""
+    p = Parser(prog=f"{name}.py", description=doc, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     whole, positive = number(int, least=1), number(float, above=0)
     flags = {
-        "alpha": dict(type=alpha_type, nargs="+", default=[1.0, 100.0], help="a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
-        "seeds": dict(type=number(int, least=0, below=2**31), nargs="+", default=[0], help="one run per alpha and seed"),
+        "alpha": dict(type=alpha_type, nargs="+", default=[1.0, 100.0],
+                      help="a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
+        "seeds": dict(type=number(int, least=0, below=2**31), nargs="+", default=[0], help="one run an alpha and seed"),
         "dataset": dict(default="cifar10", help="a name, or the path of an .npz file (see README.md)"),
         "data_dir": dict(default="data", help="where downloads go"),
         "out": dict(default=f"runs/{name}", help="where records and figures go"),
         "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
-        "dtype": dict(choices=["float32", "float64"], default="float32", help="arithmetic; float64 for very large alpha"),
+        "dtype": dict(choices=["float32", "float64"], default="float32", help="float64 for very large alpha"),
         "lr": dict(type=positive, default=.01, help="learning rate, before the division by alpha^2"),
         "momentum": dict(type=number(float, least=0, below=1), default=.9, help="of SGD"),
         "batch_size": dict(type=whole, default=125, help="examples a step"),
@@ -1372,7 +1385,7 @@ def parser(doc, name, **defaults):
         if key not in defaults or defaults[key] is not None:
             settings["default"] = defaults.get(key, settings["default"])
             p.add_argument("--" + key.replace("_", "-"), **settings)
-    p.add_argument("--quick", action="store_true", help="a demonstration in under a minute; options given explicitly win")
+    p.add_argument("--quick", action="store_true", help="a demonstration in under a minute; explicit options win")
     p.add_argument("--draw-only", action="store_true", help="draw the records at hand, train nothing")
     p.add_argument("--fresh", action="store_true", help="move runs that are there aside and start again")
     return p
@@ -1425,8 +1438,8 @@ def find_runs(o, alphas, seeds):
 
 
 # What does not change what a run is: where things are, how long it goes on, what is drawn.
-NOT_IDENTITY = {"alpha", "seeds", "out", "dataset", "data_dir", "epochs", "stop_loss", "levels", "device", "quick", "draw_only",
-                "fresh", "checkpoint_seconds", "runs", "deciles", "animate"}
+NOT_IDENTITY = {"alpha", "seeds", "out", "dataset", "data_dir", "epochs", "stop_loss", "levels", "device", "quick",
+                "draw_only", "fresh", "checkpoint_seconds", "runs", "deciles", "animate"}
 
 
 def identity_of(o, alpha, seed, images, model):
@@ -1438,7 +1451,7 @@ def identity_of(o, alpha, seed, images, model):
 
 
 def my_share(o):
-    """This process's (alpha, seed) pairs: its share under torchrun, all of them otherwise. All alphas of a seed first."""
+    """This process's (alpha, seed) pairs: its share under torchrun, else all; every alpha of a seed, then the next."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return [(alpha, seed) for seed in o.seeds for alpha in o.alpha][rank::world]
 
@@ -1456,7 +1469,7 @@ def others_at_work(o):
 
 
 def write_summary(o, runs, summary):
-    """Write OUT/summary.json: what the runs are (from their args.json), `summary`, and which diverged. Returns it all."""
+    """Write OUT/summary.json: what the runs are (from their args.json), `summary`, which diverged. Returns it all."""
     args = json.loads(min(pathlib.Path(o.out).glob("alpha=*/args.json")).read_text())
     what = {key: value for key, value in args["run"].items() if key not in ("alpha", "seed", "theta0_crc32")}
     options = {"dataset": args.get("dataset"), "alpha": [f"{alpha:g}" for alpha in runs],
@@ -1478,8 +1491,8 @@ def command_line(main):
         print(f"\n{script}: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as e:
-        print(f"{script}: out of memory: {str(e).splitlines()[0]} Try a smaller --subset, --probe-examples or --batch-size",
-              file=sys.stderr)
+        print(f"{script}: out of memory: {str(e).splitlines()[0]} Try a smaller --subset, --probe-examples or "
+              "--batch-size", file=sys.stderr)
     except (ValueError, OSError) as e:
         print(f"{script}: error: {e}", file=sys.stderr)
     sys.exit(2)

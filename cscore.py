@@ -8,7 +8,8 @@ The claim: at an equal mean training loss, the rich network (alpha = 1) is furth
 behind on hard ones than the lazy network (alpha = 100).
 
 The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well networks trained without it predict its
-label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the highest.
+label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
+highest.
 """
 import os
 import pathlib
@@ -47,8 +48,8 @@ def check_scores(path, labels):
     if scores.dtype.kind != "f" or not np.isfinite(scores).all():
         raise ValueError(f"{path}: scores must be finite numbers")
     if not np.array_equal(theirs, labels):
-        raise ValueError(f"{path}: {(theirs != labels).sum()} of {len(labels)} labels differ from CIFAR-10's original order: "
-                         "these scores are for another ordering of the images")
+        raise ValueError(f"{path}: {(theirs != labels).sum()} of {len(labels)} labels differ from CIFAR-10's original "
+                         "order: these scores are for another ordering of the images")
     return scores.astype(np.float64)
 
 
@@ -70,8 +71,8 @@ def fetch_scores(data_dir, labels, urls=SCORE_URLS):
             reasons.append(f"{url} ({str(getattr(e, 'reason', e))[:200]})")
         finally:
             part.unlink(missing_ok=True)
-    raise OSError(f"C-scores could not be fetched from {' nor '.join(reasons)}. Put {SCORES} into {os.path.abspath(data_dir)} "
-                  "by hand, or try --dataset synthetic")
+    raise OSError(f"C-scores could not be fetched from {' nor '.join(reasons)}. Put {SCORES} into "
+                  f"{os.path.abspath(data_dir)} by hand, or try --dataset synthetic")
 
 
 def load(o):
@@ -81,13 +82,13 @@ def load(o):
         images["score_train"], images["score_test"] = np.split(scores, [len(images["y_train"])])
     missing = [name for name in ("score_train", "score_test") if name not in images]
     if missing:
-        raise ValueError(f"{o.dataset}: has no {' and no '.join(missing)}; cscore.py needs a difficulty score for each image "
-                         "(higher = easier)")
+        raise ValueError(f"{o.dataset}: has no {' and no '.join(missing)}; cscore.py needs a difficulty score for each "
+                         "image (higher = easier)")
     return images
 
 
 def deciles(score):
-    """Indices of the ten groups by rank of score (N,), lowest first, ties in their order; sizes differ by at most one."""
+    """Indices of the ten groups by rank of score (N,), lowest first, ties in their order; sizes differ by one at most."""
     if len(score) < 10:
         raise ValueError(f"{len(score)} examples cannot be split into ten deciles")
     return np.array_split(np.argsort(score, kind="stable"), 10)
@@ -155,8 +156,8 @@ def summarise(o, runs, classes):
     summary = common.summarise(runs, COLUMNS, levels)
     for alpha, seeds in runs.items():
         part = summary["alphas"][f"{alpha:g}"]
-        part["half_way"] = {f"decile_{d}": common.spread([half_way(records, f"decile_{d}_loss") for records in seeds.values()])
-                            for d in range(1, 11)}
+        part["half_way"] = {f"decile_{d}": common.spread([half_way(records, f"decile_{d}_loss")
+                                                          for records in seeds.values()]) for d in range(1, 11)}
         common.print_table(f"alpha = {alpha:g}, at equal mean training loss", part,
                            ["gap", "decile_1", "decile_3", "decile_8", "decile_10", "test_acc"], levels)
     for pair, part in summary["paired"].items():
@@ -165,9 +166,8 @@ def summarise(o, runs, classes):
     common.print_linearity(summary, levels)
     print("\nMean training loss at which each decile has fallen to half its initial loss (hardest to easiest)")
     for alpha in runs:
-        half = summary["alphas"][f"{alpha:g}"]["half_way"]
-        print(f"alpha = {alpha:<5g} " + "".join(f"{half[f'decile_{d}']['mean']:>7.2f}" if half[f"decile_{d}"] else "      -"
-                                                for d in range(1, 11)))
+        half = summary["alphas"][f"{alpha:g}"]["half_way"].values()
+        print(f"alpha = {alpha:<5g} " + "".join(f"{h['mean']:>7.2f}" if h else "      -" for h in half))
     return common.write_summary(o, runs, summary)
 
 
@@ -183,23 +183,25 @@ def draw(o, runs):
     def panel(ax, prefix, x):
         for alpha in alphas:
             for d in sorted(set(o.deciles)):
-                common.band(ax, runs[alpha].values(), of(x), of(f"{prefix}_{d}_loss"), color=colour[d], linestyle=styles[alpha],
-                            label=f"decile {d}, {common.alpha_label(alpha)}")
+                common.band(ax, runs[alpha].values(), of(x), of(f"{prefix}_{d}_loss"), color=colour[d],
+                            linestyle=styles[alpha], label=f"decile {d}, {common.alpha_label(alpha)}")
         ax.set(xlabel=x.replace("_", " "), ylabel="loss")
-        ax.legend(fontsize=8)
+        common.legend_below(ax, len(runs))
 
-    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.3, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     panel(left, "decile", "mean_train_loss")
-    left.set(title="Training loss by C-score decile (1 = hardest)", xlabel="mean training loss (training goes to the right)")
+    left.set(title="Loss by C-score decile (1 = hardest)", xlabel="mean training loss (training goes to the right)")
     for c, alpha in zip(common.COLOURS, alphas):
         common.draw_linearity(right, runs[alpha].values(), of("mean_train_loss"), c, common.alpha_label(alpha))
-    right.set(xlabel="mean training loss", ylabel="similarity to initialisation", title="Linearity", ylim=(0, None))
-    right.legend(fontsize=7, ncols=len(runs))
-    left.invert_xaxis(), right.invert_xaxis()
+    right.set(xlabel="mean training loss", ylabel="similarity to initialisation, error", title="Linearity",
+              ylim=(0, None))
+    common.legend_below(right, len(runs))
+    left.invert_xaxis()
+    right.invert_xaxis()
     common.save_figure(figure, o.out, "cscore")
 
-    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.3, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     panel(left, "test_decile", "mean_train_loss")
     left.set(title="Test loss by decile")

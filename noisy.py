@@ -7,8 +7,6 @@
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above.
 """
-import math
-
 import numpy as np
 import torch
 
@@ -35,6 +33,7 @@ def run(alpha, seed, images, o):
     train = common.Examples(x, labels, *statistics, o)
     test = common.Examples(images["x_test"][:1000], images["y_test"][:1000], *statistics, o)
     wrong = labels != true_labels
+    share = float(wrong.mean())
     clean, noisy = (torch.as_tensor(common.some(np.flatnonzero(members), 1000, seed), device=o.device)
                     for members in (~wrong, wrong))
     true_labels = torch.as_tensor(true_labels, device=o.device)[noisy]
@@ -49,13 +48,14 @@ def run(alpha, seed, images, o):
 
         def evaluate():
             entry = {}
-            for name, examples, index in (("clean", train, clean), ("noisy", train, noisy), ("test", test, test.index())):
+            for name, examples, index in (("clean", train, clean), ("noisy", train, noisy),
+                                          ("test", test, test.index())):
                 f = examples.predict(centered, index)
                 entry[f"{name}_loss"], entry[f"{name}_acc"] = common.measure(f, examples.y[index])
                 if name == "noisy":  # the same outputs against the labels before the noise
                     entry["noisy_true_acc"] = common.measure(f, true_labels)[1]
-            for what in ("loss", "acc"):
-                entry[f"mean_train_{what}"] = (1 - wrong.mean()) * entry[f"clean_{what}"] + wrong.mean() * entry[f"noisy_{what}"]
+            for what in ("loss", "acc"):  # weighted by the groups' shares of the training set
+                entry[f"mean_train_{what}"] = (1 - share) * entry[f"clean_{what}"] + share * entry[f"noisy_{what}"]
             return entry
 
         probe_x = test.pixels(test.index()[:o.probe_examples])
@@ -72,22 +72,23 @@ def summarise(o, runs, classes):
     levels = common.loss_levels(classes, *o.levels)
     summary = common.summarise(runs, COLUMNS, levels)
     summary["at_clean_loss"] = common.summarise(runs, COLUMNS, levels, on="clean_loss")
-    for alpha, seeds in runs.items():
-        best = [min(r["test_loss"] for r in records if r["test_loss"] is not None) for records in seeds.values()]
-        where = [min((r["test_loss"], r["clean_loss"]) for r in records if r["test_loss"] is not None)[1] for records in seeds.values()]
-        summary["alphas"][f"{alpha:g}"]["smallest_test_loss"] = {"loss": common.spread(best), "at_clean_loss": common.spread(where)}
-        common.print_table(f"alpha = {alpha:g}, at equal mean training loss", summary["alphas"][f"{alpha:g}"],
+    for alpha, part in summary["alphas"].items():
+        common.print_table(f"alpha = {alpha}, at equal mean training loss", part,
                            ["gap", "test_loss", "test_acc", "noisy_true_acc"], levels)
     for pair, part in summary["paired"].items():
-        common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part, ["gap", "test_acc"], levels)
-    for alpha in runs:
-        common.print_table(f"alpha = {alpha:g}, at equal loss of the clean group", summary["at_clean_loss"]["alphas"][f"{alpha:g}"],
+        common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part,
+                           ["gap", "test_acc"], levels)
+    for alpha, part in summary["at_clean_loss"]["alphas"].items():
+        common.print_table(f"alpha = {alpha}, at equal loss of the clean group", part,
                            ["noisy_loss", "test_loss", "noisy_true_acc"], levels)
     common.print_linearity(summary, levels)
     print()
-    for alpha in runs:
-        s = summary["alphas"][f"{alpha:g}"]["smallest_test_loss"]
-        print(f"alpha = {alpha:g}: smallest test loss {common.cell(s['loss'])}, at clean loss {common.cell(s['at_clean_loss'])}")
+    for alpha, seeds in runs.items():
+        best = [min((r["test_loss"], r["clean_loss"]) for r in records if r["test_loss"] is not None)
+                for records in seeds.values()]
+        loss, clean = (common.spread(values) for values in zip(*best))
+        summary["alphas"][f"{alpha:g}"]["smallest_test_loss"] = {"loss": loss, "at_clean_loss": clean}
+        print(f"alpha = {alpha:g}: smallest test loss {common.cell(loss)}, at clean loss {common.cell(clean)}")
     return common.write_summary(o, runs, summary)
 
 
@@ -95,33 +96,35 @@ def draw(o, runs):
     """noisy.png, the paper's Figure 3, and noisy_curves.png, the same runs against iterations."""
     from matplotlib.figure import Figure
     of = lambda key: lambda r: r.get(key)
-    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
         label = common.alpha_label(alpha)
-        common.band(left, seeds.values(), of("clean_loss"), of("noisy_loss"), color=colour, label=f"noisy, {label}")
-        common.band(left, seeds.values(), of("clean_loss"), of("test_loss"), color=colour, label=f"test, {label}", linestyle="--")
+        for name, style in (("noisy", "-"), ("test", "--")):
+            common.band(left, seeds.values(), of("clean_loss"), of(f"{name}_loss"), color=colour, linestyle=style,
+                        label=f"{name}, {label}")
         common.draw_linearity(right, seeds.values(), of("clean_acc"), colour, label)
     left.invert_xaxis()
     left.set(xlabel="loss of the clean examples (training goes to the right)", ylabel="loss", title="Equal clean loss")
-    right.set(xlabel="accuracy on the clean examples", ylabel="similarity to initialisation", ylim=(0, None), title="Linearity")
-    left.legend(fontsize=8), right.legend(fontsize=7, ncols=len(runs))
+    right.set(xlabel="accuracy on the clean examples", ylabel="similarity to initialisation, error", ylim=(0, None),
+              title="Linearity")
+    for ax in (left, right):
+        common.legend_below(ax, len(runs))
     common.save_figure(figure, o.out, "noisy")
 
-    figure = Figure(figsize=(8.3, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = {"clean": "-", "noisy": "--", "test": ":"}
     for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
-        for name, style in styles.items():
-            for ax, what in ((left, "loss"), (right, "acc")):
-                common.band(ax, seeds.values(), of("iteration"), of(f"{name}_{what}"), color=colour, linestyle=style,
-                            label=f"{name}, {common.alpha_label(alpha)}")
-        common.band(right, seeds.values(), of("iteration"), of("noisy_true_acc"), color=colour, linestyle="-.", linewidth=2.5,
-                    label=f"noisy on its true labels, {common.alpha_label(alpha)}")
-    for ax in (left, right):
-        ax.set(xscale="symlog", xlabel="iteration", xlim=(1, None))
-    left.set(ylabel="loss", title="Loss"), right.set(ylabel="accuracy", title="Accuracy")
-    left.legend(fontsize=7), right.legend(fontsize=7)
+        curves = [(left, "clean_loss", "-"), (left, "noisy_loss", "--"), (left, "test_loss", ":"),
+                  (right, "clean_acc", "-"), (right, "noisy_acc", "--"), (right, "test_acc", ":"),
+                  (right, "noisy_true_acc", "-.")]
+        for ax, key, style in curves:
+            name = "noisy, true labels" if key == "noisy_true_acc" else key.split("_")[0]
+            common.band(ax, seeds.values(), of("iteration"), of(key), color=colour, linestyle=style,
+                        label=f"{name}, {common.alpha_label(alpha)}")
+    for ax, name in ((left, "loss"), (right, "accuracy")):
+        ax.set(xscale="symlog", xlabel="iteration", xlim=(1, None), ylabel=name)
+        common.legend_below(ax, len(runs))
     common.save_figure(figure, o.out, "noisy_curves")
 
 

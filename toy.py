@@ -253,7 +253,7 @@ def run(alpha, o):
             print(f"{folder.name}: already finished")
         for k, chunk in enumerate(chunks):
             name, begin = f"{folder.name} runs {chunk[0]} to {chunk[-1]}", time.monotonic()
-            progress = common.Progress(name, (len(chunks) - k) * o.iterations, 0, math.log(2))
+            progress = common.Progress(name, (len(chunks) - k) * o.iterations, 0)
             new, arrays = train_chunk(chunk, alpha, o, progress)
             records, done, buffer = records + new, {**done, **arrays}, io.BytesIO()
             maps, curves = map(np.stack, zip(*done.values()))
@@ -434,7 +434,7 @@ def animate(o):
             batch.copy_into(centered, i)
             frames[alpha][level] = torch.sigmoid(centered(flat)).view(SIDE, SIDE).cpu().numpy(), iteration
 
-        progress = common.Progress(f"toy.gif, alpha={alpha:g}", o.iterations, 0, math.log(2))
+        progress = common.Progress(f"toy.gif, alpha={alpha:g}", o.iterations, 0)
         train([0], alpha, o, levels, crossing, progress)
         progress.done()
     figure = Figure(figsize=(6.4, 3.7), layout="constrained", facecolor="white")

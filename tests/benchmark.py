@@ -1,4 +1,6 @@
-"""Speed as ratios against plain baselines in the same process: python tests/benchmark.py [step] [ntk] [toy] [checkpoint]
+"""Speed as ratios against plain baselines in the same process.
+
+    python tests/benchmark.py [step] [ntk] [toy] [checkpoint]
 
 Absolute times depend on the machine and on what else it is doing; compare lines of one run. Prints the machine first.
 """
@@ -12,7 +14,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import common
@@ -81,9 +82,10 @@ def bench_step():
     bandwidth = 3 * a.nbytes / t_add / 1e9
     update = 5 * 4 * sum(p.numel() for p in model.parameters()) / 1e9
     print(f"\nstep, ResNet18, batch 125: {flops:.1f} GFLOP, update {update:.3f} GB")
-    print(f"  floor        {flops / rate + update / bandwidth:8.4f} s   ({rate:.0f} GFLOP/s matrix rate, {bandwidth:.0f} GB/s)")
+    print(f"  floor        {flops / rate + update / bandwidth:8.4f} s   (matrix rate {rate:.0f} GFLOP/s, "
+          f"bandwidth {bandwidth:.0f} GB/s)")
     print(f"  alpha = 1    {t_ours:8.4f} s   {flops / t_ours:.0f} GFLOP/s")
-    print(f"  plain loop   {t_plain:8.4f} s   {t_plain / t_ours:.2f} x (f_theta0 and .item() each step, unfused update)")
+    print(f"  plain loop   {t_plain:8.4f} s   {t_plain / t_ours:.2f} x (f_theta0 and .item() each step, no fusion)")
     print(f"  alpha = inf  {t_inf:8.4f} s   {t_inf / t_ours:.2f} x a finite step")
 
 
@@ -106,7 +108,8 @@ def bench_ntk():
             t, = seconds(lambda: common.empirical_ntk(net, x), repeats=3)
             flops = counted(lambda: common.empirical_ntk(net, x))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"  N = {n:<4} C = {C:<3} {t:7.2f} s  {flops:7.0f} GFLOP  {flops / t:5.0f} GFLOP/s   peak memory so far {peak:.2f} GiB")
+            print(f"  N = {n:<4} C = {C:<3} {t:7.2f} s  {flops:7.0f} GFLOP  {flops / t:5.0f} GFLOP/s   "
+                  f"peak memory so far {peak:.2f} GiB")
     x = torch.randn(10, 3, 32, 32)
     t, = seconds(lambda: common.empirical_ntk(model, x), repeats=5)
     t_jacrev, = seconds(lambda: jacrev(model, x), repeats=1)
@@ -160,9 +163,11 @@ def bench_toy(repeats=5, chunk=25):
     flops = 3 * 2 * toy.POINTS * sum(a * b for a, b in zip(sizes, sizes[1:])) - 2 * toy.POINTS * sizes[0] * sizes[1]
     per_run = t / 50 / chunk
     print(f"\ntoy, one run and iteration ({chunk} runs at once)")
-    print(f"  batched      {1e6 * per_run:8.1f} us   {flops / per_run / 1e9:.0f} GFLOP/s (torch.bmm reaches {matrix_rate(chunk, 64):.0f})")
-    print(f"  plain        {1e6 * t_plain / 50:8.1f} us   {t_plain / 50 / per_run:.1f} x (f_theta0 and .item() each step)")
-    print(f"  and its grid {1e6 * t_grid / 50:8.1f} us   {t_grid / 50 / per_run:.1f} x (the test grid at every iteration)")
+    us = lambda seconds: f"{1e6 * seconds:8.1f} us   "
+    t_plain, t_grid = t_plain / 50, t_grid / 50
+    print(f"  batched      {us(per_run)}{flops / per_run / 1e9:.0f} GFLOP/s (bmm: {matrix_rate(chunk, 64):.0f})")
+    print(f"  plain        {us(t_plain)}{t_plain / per_run:.1f} x (f_theta0 and .item() each step)")
+    print(f"  and its grid {us(t_grid)}{t_grid / per_run:.1f} x (the test grid at every iteration)")
 
 
 def bench_checkpoint():

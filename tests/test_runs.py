@@ -15,7 +15,7 @@ import torch
 
 import common
 import noisy
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_arrays
 
 
 def records(out, run="alpha=1_seed=0"):
@@ -377,19 +377,34 @@ def test_torchrun_shares_the_runs(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(10))
-def test_killed_at_a_random_moment(tiny, tmp_path, moment):
-    """SIGKILL at a seeded random moment, checkpoints after every step, then the same command once more."""
-    rng = np.random.default_rng(moment)
-    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path / "a"), **{**TINY, "checkpoint_seconds": 0, **LONG})
+@pytest.mark.parametrize("script", ["noisy", "cscore", "spurious"])
+def test_killed_at_a_random_moment(tmp_path, script, moment):
+    """SIGKILL at a seeded random moment, with a checkpoint after every step, so that many hit one being written; then
+    the same command once more: every probe is there, bit-equal to a run that was never interrupted."""
+    arrays = tiny_arrays(classes=2)
+    arrays.update({f"attribute_{s}": np.arange(len(arrays[f"y_{s}"])) % 5 // 2 % 2 for s in ("train", "test")})
+    np.savez(tmp_path / "tiny.npz", **arrays)
+    options = dict(dataset=str(tmp_path / "tiny.npz"), **{**TINY, **LONG})
+    process = start(f"{script}.py", **options, out=str(tmp_path / "a"), checkpoint_seconds=0)
     while not list((tmp_path / "a").glob("*/log.jsonl")) and process.poll() is None:
         time.sleep(.01)
-    time.sleep(rng.uniform(0, 3))
+    time.sleep(np.random.default_rng(moment).uniform(0, 3))
     process.kill()
     process.communicate()
-    tiny_run(tiny, tmp_path / "a", **LONG)
-    tiny_run(tiny, tmp_path / "b", **LONG)
+    module = __import__(script)
+    a = module.main(**options, out=str(tmp_path / "a"))
+    b = module.main(**options, out=str(tmp_path / "b"))
+    assert a == b
     for run in ("alpha=1_seed=0", "alpha=100_seed=0"):
         assert without_times(tmp_path / "a", run) == without_times(tmp_path / "b", run)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder_is_one_line(tiny, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path / "run"), **TINY)
+    out, err = process.communicate()
+    assert process.returncode == 2 and len(err.splitlines()) == 1 and "Permission" in err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the CUDA graph path")

@@ -24,7 +24,7 @@ def options(**more):
 
 
 def quiet():
-    return common.Progress("test", 1, 0, 1.0)
+    return common.Progress("test", 1, 0)
 
 
 def records(folder):
