@@ -336,8 +336,8 @@ def target_alignment(K, y, centered=True):
     Raises ValueError: as kernel_alignment.
     Needs: kernel_alignment.
     """
-    if not y.is_floating_point():
-        y = F.one_hot(y.long(), K.shape[1] if K.dim() == 4 and K.shape[1] > 1 else -1)
+    if not y.is_floating_point():  # one output stands for two classes, as -1 and 1
+        y = 2.0 * y - 1 if K.dim() == 4 and K.shape[1] == 1 else F.one_hot(y.long(), K.shape[1] if K.dim() == 4 else -1)
     Y = y.double().reshape(K.shape[0] * K.shape[1], 1) if K.dim() == 4 else y.double().reshape(len(y), -1)
     return kernel_alignment(K.reshape(len(Y), len(Y)), Y @ Y.T, centered)
 
@@ -465,7 +465,7 @@ def resnet18(num_classes, in_channels=3, width=64):
     """
     # What this network is on 32 x 32 images: the stem leaves 8 x 8 positions, layer2 4 x 4, layer3 2 x 2, and layer4
     # works on a single one. There a 3 x 3 convolution sees padding on all sides but its centre, so 8 of its 9 taps
-    # (5 of 9 in the first) never receive a gradient: 6.94 M of the 11.18 M parameters cannot move.
+    # (5 of 9 in the first) never receive a gradient: 6.95 M of the 11.18 M parameters cannot move.
     return ResNet18(num_classes, in_channels, width)
 
 
@@ -507,8 +507,8 @@ def cifar10(data_dir):
     try:
         train = source(data_dir, train=True, download=True)
     except (OSError, RuntimeError) as e:  # torchvision reports a bad checksum as RuntimeError
-        raise OSError(f"CIFAR-10 could not be fetched from {source.url} ({getattr(e, 'reason', e)}). Put "
-                      f"{source.filename} into {os.path.abspath(data_dir)} by hand, or try --dataset synthetic") from None
+        raise OSError(f"CIFAR-10 could not be fetched from {source.url} ({first_line(e)}). Put {source.filename} into "
+                      f"{os.path.abspath(data_dir)} by hand, or try --dataset synthetic") from None
     x, y = train.data, np.array(train.targets)
     return {"x_train": x[:40000], "y_train": y[:40000], "x_test": x[40000:], "y_test": y[40000:],
             "mean": [.4914, .4822, .4465], "std": [.2023, .1994, .2010]}
@@ -751,6 +751,10 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
         print(f"{name}: already finished ({place['ended']})")
         return place["ended"]
 
+    if place is None and (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size:
+        kept = unused(folder / "log.jsonl.old")
+        (folder / "log.jsonl").rename(kept)
+        print(f"{name}: there are records but no checkpoint; they are kept in {kept.name}, and the run starts again")
     optimizer = scaled_sgd(centered, o.lr, o.momentum)
     parameters = optimizer.param_groups[0]["params"]
     train_set.cache_f0(centered)
@@ -778,6 +782,7 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
     def warn(key, text):
         if key not in s["warned"]:
             s["warned"] = [*s["warned"], key]
+            progress.done()
             print(f"{name}: warning: {text}")
 
     def record(loss, accuracy, order, ended):
@@ -862,6 +867,8 @@ def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, 
                 save()
                 saved = time.monotonic()
         save(ended, momentum=ended == "epochs")
+        if asked:
+            raise KeyboardInterrupt
     progress.done()
     if ended == "diverged":
         print(f"{name}: diverged at iteration {s['iteration']} (its loss is not a finite number): try a smaller --lr")
@@ -886,7 +893,7 @@ def graphed(step, parameters, optimizer, meters, o):
             step(index)
         run = lambda batch: (index.copy_(batch), graph.replay())
     except RuntimeError as e:
-        print(f"warning: CUDA graph refused ({str(e).splitlines()[0]}); going on step by step, slower")
+        print(f"warning: CUDA graph refused ({first_line(e)}); going on step by step, slower")
         run = step
     with torch.no_grad():  # undo the warm-up: a first momentum of 0 gives the same first step as none
         for state in optimizer.state.values():
@@ -972,7 +979,7 @@ def json_line(entry):
 
 def write_atomically(path, data, spare=None):
     """Write bytes to a temporary file, flush it to the disk, rename it to `path`; the one that was there to `spare`."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -1010,7 +1017,7 @@ def load_checkpoint(folder):
                 raise ValueError("log.jsonl is shorter than it was")
             return state
         except Exception as e:  # damaged bytes make zipfile and torch raise nearly anything
-            print(f"{path}: unusable ({str(e).splitlines()[0][:100] if str(e) else type(e).__name__})")
+            print(f"{path}: unusable ({first_line(e)[:100]})")
     if paths:
         raise ValueError(f"{folder}: no checkpoint is usable; --fresh moves the run aside and starts again")
 
@@ -1035,47 +1042,56 @@ def run_folder(o, folder, identity):
     With --fresh a run that is there is moved aside first. Raises ValueError: another process has the lock; the folder
     holds a run of another identity (the difference is named); args.json is damaged.
     """
+    holds_a_run = lambda: any((folder / name).exists() for name in ("args.json", "log.jsonl", "checkpoint.pt"))
     with lock(folder):
-        if o.fresh and (folder / "args.json").exists():
-            aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        if o.fresh and holds_a_run():
+            aside = unused(folder.with_name(f"{folder.name}.old"))
             folder.rename(aside)
             print(f"{folder.name}: moved aside to {aside.name}")
     with lock(folder):
-        path = folder / "args.json"
-        if path.exists():
-            there = read_args(folder)
-            for key, value in json.loads(json_line(identity)).items():
-                if there.get(key) != value:
-                    raise ValueError(f"{folder} holds a run with {key} = {there.get(key)}, not {value}: choose another "
-                                     "--out, or --fresh to move it aside")
+        if holds_a_run():
+            there, here = read_args(folder)["run"], json.loads(json_line(identity))
+            for key in [*here, *there]:
+                if there.get(key) != here.get(key):
+                    raise ValueError(f"{folder} holds a run with {key} = {there.get(key)}, not {here.get(key)}: choose "
+                                     "another --out, or --fresh to move it aside")
         else:
-            versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
             dataset = os.path.basename(getattr(o, "dataset", ""))  # for the reader; data_crc32 is what is compared
-            write_atomically(path, json_line({"run": identity, "dataset": dataset, "device": str(o.device),
-                                              "versions": versions}))
+            versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
+            write_atomically(folder / "args.json", json_line({"run": identity, "dataset": dataset,
+                                                              "device": str(o.device), "versions": versions}))
         yield folder
 
 
+def unused(path):
+    """The first of NAME-1, NAME-2, ... beside `path` that does not exist."""
+    return next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}-{i}")).exists())
+
+
 def read_args(folder):
-    """The identity of the run in a folder, from its args.json. ValueError if that is missing or damaged."""
+    """A run folder's args.json: {"run": identity, "dataset", ...}. ValueError if it is missing or damaged."""
     try:
-        return json.loads((folder / "args.json").read_text())["run"]
+        args = json.loads((folder / "args.json").read_text())
+        if not isinstance(args["run"], dict):
+            raise ValueError
+        return args
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder}/args.json: missing or damaged; --fresh moves the run aside") from None
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Hold folder/.lock; the system lets go of it when the process ends, however it ends. ValueError if it is held."""
+def lock(folder, wait=False):
+    """Hold folder/.lock; the system lets go of it when the process ends, however it ends. ValueError if it is held and
+    `wait` is not set."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         try:
             if os.name == "nt":
                 import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise ValueError(f"{folder}: another process is at work on this run") from None
         yield
@@ -1096,19 +1112,29 @@ def crc32(*tensors):
 
 
 def read_runs(o):
-    """The records at hand, {alpha: {seed: [record, ...]}}, of the runs in --out that --alpha and --seeds name, and the
-    number of classes. Raises ValueError: no records, or damaged ones."""
-    runs, classes = {}, 2
-    for alpha in o.alpha:
-        for seed in o.seeds:
-            folder = folder_of(o, alpha, seed)
-            records = read_log(folder / "log.jsonl")
-            if records:
-                runs.setdefault(alpha, {})[seed] = records
-                classes = read_args(folder)["classes"]
+    """The records at hand, {alpha: {seed: [record, ...]}}, of the runs in --out that --alpha and --seeds name, and what
+    these runs are: the options they share, from their args.json.
+
+    Raises ValueError: no records, damaged ones, or runs that differ in more than alpha and seed.
+    """
+    runs, what = {}, None
+    for alpha, seed in ((alpha, seed) for alpha in o.alpha for seed in o.seeds):
+        folder = folder_of(o, alpha, seed)
+        records = read_log(folder / "log.jsonl")
+        if records:
+            args = read_args(folder)
+            here = {"dataset": args.get("dataset"), **args["run"]}
+            here = {key: value for key, value in here.items() if key not in ("alpha", "seed", "theta0_crc32")}
+            for key in here if what else ():
+                if here[key] != what.get(key):
+                    raise ValueError(f"{o.out}: its runs differ in {key} ({what.get(key)}, {here[key]}): nothing to "
+                                     "compare")
+            if here.get("script", o.script) != o.script:
+                raise ValueError(f"{folder} holds a run of {here['script']}")
+            runs.setdefault(alpha, {})[seed], what = records, here
     if not runs:
         raise ValueError(f"{o.out}: no records of alpha {[f'{a:g}' for a in o.alpha]} and seeds {o.seeds}")
-    return runs, classes
+    return runs, what
 
 
 def read_log(path):
@@ -1117,9 +1143,11 @@ def read_log(path):
     records = []
     for i, line in enumerate(lines):
         try:
-            if not line.endswith(b"\n") or not isinstance(json.loads(line), dict):
+            record = json.loads(line)
+            if not line.endswith(b"\n") or not isinstance(record, dict) or any(
+                    not isinstance(v, (int, float, type(None))) for k, v in record.items() if k != "ended"):
                 raise ValueError
-            records.append(json.loads(line))
+            records.append(record)
         except ValueError:
             if i + 1 < len(lines):
                 raise ValueError(f"{path}: line {i + 1} is damaged") from None
@@ -1151,7 +1179,7 @@ def student_t(n):
 
 
 def spread(values, interval=False):
-    """{"mean", "std", "n"} of the values that are not None, and "interval" (95 %, Student's t) from three on; or None."""
+    """{"mean", "std", "n"} of the values that are not None, "interval" (95 %, Student's t) from three on; or None."""
     values = [v for v in values if v is not None]
     if not values:
         return None
@@ -1368,14 +1396,14 @@ def parser(doc, name, **defaults):
         "dataset": dict(default="cifar10", help="a name, or the path of an .npz file (see README.md)"),
         "data_dir": dict(default="data", help="where downloads go"),
         "out": dict(default=f"runs/{name}", help="where records and figures go"),
-        "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps"),
+        "device": dict(default="auto", help="auto, cpu, cuda, cuda:1"),
         "dtype": dict(choices=["float32", "float64"], default="float32", help="float64 for very large alpha"),
         "lr": dict(type=positive, default=.01, help="learning rate, before the division by alpha^2"),
         "momentum": dict(type=number(float, least=0, below=1), default=.9, help="of SGD"),
         "batch_size": dict(type=whole, default=125, help="examples a step"),
         "epochs": dict(type=whole, default=2500, help="at most so many passes over the training set"),
         "stop_loss": dict(type=number(float, least=0), default=.01, help="stop once mean_train_loss is below"),
-        "width": dict(type=whole, default=64, help="channels of the first block of the network"),
+        "width": dict(type=number(int, least=1, most=4096), default=64, help="channels of the network's first block"),
         "subset": dict(type=whole, default=None, help="train on so many examples only, drawn with the seed"),
         "probe_examples": dict(type=whole, default=100, help="held-out examples for the linearity measures"),
         "levels": dict(type=positive, nargs="+", default=[], help="more training losses to compare at"),
@@ -1396,7 +1424,7 @@ def parse(p, quick, argv, options):
 
     quick: the preset behind --quick. Returns a namespace with device and dtype resolved. Raises ValueError.
     """
-    words = list(argv or [])
+    words = [str(word) for word in argv or []]
     for key, value in options.items():
         flag = "--" + key.replace("_", "-")
         if value is True:
@@ -1407,34 +1435,42 @@ def parse(p, quick, argv, options):
     if p.parse_args(words).quick:
         p.set_defaults(**quick)
     o = p.parse_args(words)
-    o.alpha, o.seeds = list(dict.fromkeys(o.alpha)), list(dict.fromkeys(getattr(o, "seeds", [0])))
+    o.script = p.prog
+    o.alpha, o.seeds = sorted(set(o.alpha)), list(dict.fromkeys(getattr(o, "seeds", [0])))
     if o.draw_only:
-        find_runs(o, "--alpha" not in words, "--seeds" not in words)
+        find_runs(o, {word.split("=")[0] for word in words})
         return o
     if o.device == "auto":
         o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         o.device = torch.device(o.device)
+        if o.device.type not in ("cpu", "cuda"):  # the measures need float64, which mps has not
+            raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=o.device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {o.device}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"--device {o.device}: {first_line(e)}") from None
     o.dtype = getattr(torch, o.dtype)
     # True float32: cuDNN's default, TF32, keeps 10 bits of the mantissa, and alpha multiplies what it rounds off.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return o
 
 
-def find_runs(o, alphas, seeds):
-    """For --draw-only: where --alpha or --seeds were not given, all that the folder holds."""
+def find_runs(o, given):
+    """For --draw-only: where --alpha or --seeds were not `given`, all that the folder holds; where --levels were not,
+    those of the summary that is there."""
     found = []
     for path in sorted(pathlib.Path(o.out).glob("alpha=*/log.jsonl")):
-        a, _, s = path.parent.name[len("alpha="):].partition("_seed=")
+        a, _, seed = path.parent.name[len("alpha="):].partition("_seed=")
         with contextlib.suppress(argparse.ArgumentTypeError):  # not a run's folder, or one moved aside
-            found.append((alpha_type(a), number(int, least=0)(s or 0)))
-    if alphas and found:
+            found.append((alpha_type(a), number(int, least=0)(seed or 0)))
+    if "--alpha" not in given and found:
         o.alpha = sorted({a for a, _ in found})
-    if seeds and found:
-        o.seeds = sorted({s for _, s in found})
+    if "--seeds" not in given and found:
+        o.seeds = sorted({seed for _, seed in found})
+    if "--levels" not in given:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            levels = json.loads((pathlib.Path(o.out) / "summary.json").read_text())["options"]["levels"]
+            o.levels = [float(level) for level in levels if 0 < level < math.inf]
 
 
 # What does not change what a run is: where things are, how long it goes on, what is drawn.
@@ -1460,24 +1496,43 @@ def folder_of(o, alpha, seed):
     return pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
 
 
-def others_at_work(o):
-    """Under torchrun: is some run of the sweep not finished yet? Then another process will draw."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return False
-    places = [load_checkpoint(folder_of(o, alpha, seed)) for seed in o.seeds for alpha in o.alpha]
-    return not all(place and place["ended"] for place in places)
+def sweep(o, run, summarise, draw):
+    """Call run(alpha, seed) for this process's share of the sweep; then, unless other processes are still at it,
+    summarise(o, runs, classes) and draw(o, runs) from the records. Returns the summary.
+
+    Raises ValueError: records that cannot be read or drawn.
+    """
+    endings = {} if o.draw_only else {folder_of(o, *pair).name: run(*pair) for pair in my_share(o)}
+    with lock(pathlib.Path(o.out), wait=True):  # one process at a time: the last sees that all have ended
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not all(
+                (load_checkpoint(folder_of(o, alpha, seed)) or {}).get("ended") for alpha in o.alpha for seed in o.seeds
+                if not folder_of(o, alpha, seed).name in endings):
+            return {"diverged": [name for name, ended in endings.items() if ended == "diverged"]}
+        runs, what = read_runs(o)
+        o.dataset = what["dataset"]
+        try:
+            summary = summarise(o, runs, what.get("classes", 2))
+            summary = write_summary(o, runs, what, summary)
+            draw(o, runs)
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{o.out}: the records are not of {o.script}, or damaged ({type(e).__name__}: {e})") from e
+    print(f"wrote {o.out}/summary.json and the pictures beside it")
+    return summary
 
 
-def write_summary(o, runs, summary):
-    """Write OUT/summary.json: what the runs are (from their args.json), `summary`, which diverged. Returns it all."""
-    args = json.loads(min(pathlib.Path(o.out).glob("alpha=*/args.json")).read_text())
-    what = {key: value for key, value in args["run"].items() if key not in ("alpha", "seed", "theta0_crc32")}
-    options = {"dataset": args.get("dataset"), "alpha": [f"{alpha:g}" for alpha in runs],
+def write_summary(o, runs, what, summary):
+    """Write OUT/summary.json: the options, `what` the runs are, `summary`, and which runs diverged. Returns it all."""
+    options = {"alpha": [f"{alpha:g}" for alpha in runs], "levels": getattr(o, "levels", []),
                "seeds": sorted({seed for seeds in runs.values() for seed in seeds}), **what}
     diverged = [f"alpha={a:g}_seed={s}" for a in runs for s in runs[a] if runs[a][s][-1]["mean_train_loss"] is None]
     whole = json_line({"options": options, **summary, "diverged": diverged})
     write_atomically(pathlib.Path(o.out) / "summary.json", whole)
     return json.loads(whole)
+
+
+def first_line(e):
+    """What an exception says, on one line; its type if it says nothing."""
+    return str(getattr(e, "reason", e)).strip().split("\n")[0] or type(e).__name__
 
 
 def command_line(main):
@@ -1488,11 +1543,14 @@ def command_line(main):
         summary = main(sys.argv[1:])
         sys.exit(1 if summary.get("diverged") else 0)
     except KeyboardInterrupt:
-        print(f"\n{script}: stopped; the same command goes on from here", file=sys.stderr)
+        same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+        print(f"\n{script}: stopped; {same} goes on from here", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError as e:
-        print(f"{script}: out of memory: {str(e).splitlines()[0]} Try a smaller --subset, --probe-examples or "
-              "--batch-size", file=sys.stderr)
     except (ValueError, OSError) as e:
-        print(f"{script}: error: {e}", file=sys.stderr)
+        print(f"{script}: error: {' '.join(str(e).split())}", file=sys.stderr)
+    except RuntimeError as e:
+        if "memory" not in str(e):  # torch's own class on a GPU, a plain RuntimeError on a CPU
+            raise
+        print(f"{script}: out of memory: {first_line(e)[:200]} Try a smaller --subset, --probe-examples, --width or "
+              "--batch-size", file=sys.stderr)
     sys.exit(2)

@@ -11,6 +11,7 @@ The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well n
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
 """
+import itertools
 import os
 import pathlib
 
@@ -68,7 +69,7 @@ def fetch_scores(data_dir, labels, urls=SCORE_URLS):
             os.replace(part, path)
             return scores
         except (OSError, RuntimeError, ValueError) as e:
-            reasons.append(f"{url} ({str(getattr(e, 'reason', e))[:200]})")
+            reasons.append(f"{url} ({common.first_line(e)[:200]})")
         finally:
             part.unlink(missing_ok=True)
     raise OSError(f"C-scores could not be fetched from {' nor '.join(reasons)}. Put {SCORES} into "
@@ -88,7 +89,7 @@ def load(o):
 
 
 def deciles(score):
-    """Indices of the ten groups by rank of score (N,), lowest first, ties in their order; sizes differ by one at most."""
+    """Indices of the ten groups by rank of score (N,), lowest first, ties in their order; sizes differ by 1."""
     if len(score) < 10:
         raise ValueError(f"{len(score)} examples cannot be split into ten deciles")
     return np.array_split(np.argsort(score, kind="stable"), 10)
@@ -146,12 +147,13 @@ def half_way(records, key):
     start = records[0][key]
     for before, after in zip(records, records[1:]):
         a, b, half = before[key], after[key], start / 2
-        if a is not None and b is not None and b <= half < a:
+        if None not in (a, b, after["mean_train_loss"]) and b <= half < a:
             share = (a - half) / (a - b)
             return before["mean_train_loss"] * (1 - share) + after["mean_train_loss"] * share
 
 
 def summarise(o, runs, classes):
+    """Tables at equal mean training loss, and the order in which the deciles are learnt; prints and returns them."""
     levels = common.loss_levels(classes, *o.levels)
     summary = common.summarise(runs, COLUMNS, levels)
     for alpha, seeds in runs.items():
@@ -168,7 +170,7 @@ def summarise(o, runs, classes):
     for alpha in runs:
         half = summary["alphas"][f"{alpha:g}"]["half_way"].values()
         print(f"alpha = {alpha:<5g} " + "".join(f"{h['mean']:>7.2f}" if h else "      -" for h in half))
-    return common.write_summary(o, runs, summary)
+    return summary
 
 
 def draw(o, runs):
@@ -178,7 +180,7 @@ def draw(o, runs):
     of = lambda key: lambda r: r.get(key)
     colour = {d: colormaps["plasma"](.85 * (d - 1) / 9) for d in range(1, 11)}
     alphas = sorted(runs)
-    styles = dict(zip(alphas, ["-", "--", ":", "-."]))
+    styles = dict(zip(alphas, itertools.cycle(["-", "--", ":", "-."])))
 
     def panel(ax, prefix, x):
         for alpha in alphas:
@@ -192,7 +194,7 @@ def draw(o, runs):
     left, right = figure.subplots(1, 2)
     panel(left, "decile", "mean_train_loss")
     left.set(title="Loss by C-score decile (1 = hardest)", xlabel="mean training loss (training goes to the right)")
-    for c, alpha in zip(common.COLOURS, alphas):
+    for c, alpha in zip(itertools.cycle(common.COLOURS), alphas):
         common.draw_linearity(right, runs[alpha].values(), of("mean_train_loss"), c, common.alpha_label(alpha))
     right.set(xlabel="mean training loss", ylabel="similarity to initialisation, error", title="Linearity",
               ylim=(0, None))
@@ -215,17 +217,8 @@ def main(argv=None, **options):
     """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
     the summary; raises ValueError or OSError for bad input."""
     o = common.parse(make_parser(), QUICK, argv, options)
-    if not o.draw_only:
-        images = load(o)
-        for alpha, seed in common.my_share(o):
-            run(alpha, seed, images, o)
-    if common.others_at_work(o):
-        return {}
-    runs, classes = common.read_runs(o)
-    summary = summarise(o, runs, classes)
-    draw(o, runs)
-    print(f"wrote {o.out}/cscore.png, cscore.pdf, cscore_curves.png, summary.json")
-    return summary
+    images = None if o.draw_only else load(o)
+    return common.sweep(o, lambda alpha, seed: run(alpha, seed, images, o), summarise, draw)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above.
 """
+import itertools
+
 import numpy as np
 import torch
 
@@ -68,7 +70,7 @@ COLUMNS = {"gap": lambda r: common.minus(r["noisy_loss"], r["clean_loss"]), "noi
 
 
 def summarise(o, runs, classes):
-    """Tables at equal mean training loss, then the paper's comparison at equal *clean* loss; prints and writes them."""
+    """Tables at equal mean training loss, then, as in the paper, at equal *clean* loss; prints and returns them."""
     levels = common.loss_levels(classes, *o.levels)
     summary = common.summarise(runs, COLUMNS, levels)
     summary["at_clean_loss"] = common.summarise(runs, COLUMNS, levels, on="clean_loss")
@@ -84,12 +86,12 @@ def summarise(o, runs, classes):
     common.print_linearity(summary, levels)
     print()
     for alpha, seeds in runs.items():
-        best = [min((r["test_loss"], r["clean_loss"]) for r in records if r["test_loss"] is not None)
+        best = [min((r["test_loss"], r["clean_loss"]) for r in records if None not in (r["test_loss"], r["clean_loss"]))
                 for records in seeds.values()]
         loss, clean = (common.spread(values) for values in zip(*best))
         summary["alphas"][f"{alpha:g}"]["smallest_test_loss"] = {"loss": loss, "at_clean_loss": clean}
         print(f"alpha = {alpha:g}: smallest test loss {common.cell(loss)}, at clean loss {common.cell(clean)}")
-    return common.write_summary(o, runs, summary)
+    return summary
 
 
 def draw(o, runs):
@@ -98,7 +100,7 @@ def draw(o, runs):
     of = lambda key: lambda r: r.get(key)
     figure = Figure(figsize=(8.3, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
+    for colour, (alpha, seeds) in zip(itertools.cycle(common.COLOURS), runs.items()):
         label = common.alpha_label(alpha)
         for name, style in (("noisy", "-"), ("test", "--")):
             common.band(left, seeds.values(), of("clean_loss"), of(f"{name}_loss"), color=colour, linestyle=style,
@@ -114,7 +116,7 @@ def draw(o, runs):
 
     figure = Figure(figsize=(8.3, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
+    for colour, (alpha, seeds) in zip(itertools.cycle(common.COLOURS), runs.items()):
         curves = [(left, "clean_loss", "-"), (left, "noisy_loss", "--"), (left, "test_loss", ":"),
                   (right, "clean_acc", "-"), (right, "noisy_acc", "--"), (right, "test_acc", ":"),
                   (right, "noisy_true_acc", "-.")]
@@ -132,17 +134,8 @@ def main(argv=None, **options):
     """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
     the summary; raises ValueError or OSError for bad input."""
     o = common.parse(make_parser(), QUICK, argv, options)
-    if not o.draw_only:
-        images = common.load_images(o.dataset, o.data_dir)
-        for alpha, seed in common.my_share(o):
-            run(alpha, seed, images, o)
-    if common.others_at_work(o):
-        return {}
-    runs, classes = common.read_runs(o)
-    summary = summarise(o, runs, classes)
-    draw(o, runs)
-    print(f"wrote {o.out}/noisy.png, noisy.pdf, noisy_curves.png, summary.json")
-    return summary
+    images = None if o.draw_only else common.load_images(o.dataset, o.data_dir)
+    return common.sweep(o, lambda alpha, seed: run(alpha, seed, images, o), summarise, draw)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class Files:
         except FileNotFoundError:
             raise OSError(f"{path}: missing") from None
         except Exception as e:  # damaged bytes make the decoders raise nearly anything
-            raise ValueError(f"{path}: damaged, or not an image ({first_line(e)})") from None
+            raise ValueError(f"{path}: damaged, or not an image ({common.first_line(e)})") from None
 
 
 def celeba(data_dir):
@@ -128,8 +128,8 @@ def celeba(data_dir):
         try:
             CelebA(data_dir, download=True)
         except Exception as e:  # the helper package it needs, gdown, has errors of its own, such as a quota
-            raise OSError(f"CelebA could not be fetched from Google Drive ({first_line(e)}). Put {', '.join(missing)} "
-                          f"into {folder} by hand (img_align_celeba is the folder of JPEGs in img_align_celeba.zip), "
+            raise OSError(f"CelebA could not be fetched from Google Drive ({common.first_line(e)}). Put "
+                          f"{', '.join(missing)} into {folder} by hand (img_align_celeba is the folder of JPEGs in img_align_celeba.zip), "
                           "or try --dataset synthetic") from None
 
     class ByContent(CelebA):  # torchvision would refuse files that were put there by hand without saying which
@@ -143,7 +143,8 @@ def celeba(data_dir):
         try:
             part = ByContent(data_dir, split)
         except (ValueError, IndexError, TypeError, csv.Error) as e:
-            raise ValueError(f"{folder}: {', '.join(texts)}: one is not in CelebA's format ({first_line(e)})") from None
+            raise ValueError(f"{folder}: {', '.join(texts)}: one is not in CelebA's format "
+                             f"({common.first_line(e)})") from None
         if not {"Blond_Hair", "Male"} <= set(part.attr_names):
             raise ValueError(f"{folder}/list_attr_celeba.txt: its header does not name Blond_Hair and Male")
         absent = [file for file in part.filename if file not in there]
@@ -199,12 +200,8 @@ def fetch_waterbirds(folder):
         part.rmdir()
     except Exception as e:  # damaged bytes make tarfile raise nearly anything
         what = "is damaged or cut short, delete it" if archive.exists() else f"could not be fetched from {WATERBIRDS}"
-        raise OSError(f"{archive.name} {what} ({first_line(e)}). Put it into {folder.parent} by hand, or try --dataset "
-                      "synthetic") from None
-
-
-def first_line(e):
-    return str(getattr(e, "reason", e)).strip().split("\n")[0] or type(e).__name__
+        raise OSError(f"{archive.name} {what} ({common.first_line(e)}). Put it into {folder.parent} by hand, or try "
+                      "--dataset synthetic") from None
 
 
 def check_memory(images, o):
@@ -295,7 +292,7 @@ def network(o, channels):
     try:
         model.load_state_dict(weights.get_state_dict(model_dir=o.data_dir, check_hash=True, weights_only=True))
     except Exception as e:  # no network, a wrong checksum, or a damaged or different file
-        raise OSError(f"the ImageNet weights could not be had from {weights.url} ({first_line(e)}). Put "
+        raise OSError(f"the ImageNet weights could not be had from {weights.url} ({common.first_line(e)}). Put "
                       f"{weights.url.split('/')[-1]} into {os.path.abspath(o.data_dir)} by hand, or train the network "
                       "without batch norm instead: --from-scratch") from None
     model.fc = torch.nn.Linear(model.fc.in_features, 1)
@@ -368,7 +365,7 @@ def at_equal_accuracy(o, runs):
 
 
 def summarise(o, runs, classes):
-    """Tables at equal mean training loss and at equal accuracy; prints and writes them."""
+    """Tables at equal mean training loss and at equal accuracy; prints and returns them."""
     levels = common.loss_levels(classes, *o.levels)
     summary = common.summarise(runs, COLUMNS, levels)
     shown = ["gap", "against_acc", "worst_test_acc", "test_acc"]
@@ -380,7 +377,7 @@ def summarise(o, runs, classes):
         common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part, shown[:4],
                            levels)
     summary["at_equal_accuracy"] = at_equal_accuracy(o, runs)
-    return common.write_summary(o, runs, summary)
+    return summary
 
 
 def trajectory(ax, seeds, x, y, **style):
@@ -405,7 +402,7 @@ def draw(o, runs):
     panels = ((a, "with_acc", f"training accuracy, {major}", "against_acc", f"training accuracy, {minor}"),
               (b, "test_with_acc", f"test accuracy, {major}", "test_against_acc", f"test accuracy, {minor}"),
               (c, "mean_train_acc", "training accuracy", "test_acc", "test accuracy, cells weighted equally"))
-    for colour, (alpha, seeds) in zip(common.COLOURS, runs.items()):
+    for colour, (alpha, seeds) in zip(itertools.cycle(common.COLOURS), runs.items()):
         style = dict(color=colour, label=common.alpha_label(alpha))
         for ax, x, _, y, _ in panels:
             trajectory(ax, seeds.values(), x, y, **style)
@@ -428,19 +425,15 @@ def main(argv=None, **options):
         o.lr = o.lr or (.001 if o.dataset == "waterbirds" and not o.from_scratch else .01)
         images = load(o)
         check_memory(images, o)
-        data, held = None, None
-        for alpha, seed in common.my_share(o):
-            if seed != held:  # once for all alphas of a seed: the images may have to be read from files
-                data = None  # free the last seed's first
-                data, held = prepare(images, seed, o), seed
-            run(alpha, seed, images, data, o)
-    if common.others_at_work(o):
-        return {}
-    runs, classes = common.read_runs(o)
-    summary = summarise(o, runs, classes)
-    draw(o, runs)
-    print(f"wrote {o.out}/spurious.png, spurious.pdf, summary.json")
-    return summary
+    data = {}  # of the seed at hand, for all its alphas: the images may have to be read from files
+
+    def run_one(alpha, seed):
+        if seed not in data:
+            data.clear()
+            data[seed] = prepare(images, seed, o)
+        return run(alpha, seed, images, data[seed], o)
+
+    return common.sweep(o, run_one, summarise, draw)
 
 
 if __name__ == "__main__":

@@ -295,12 +295,13 @@ def read_runs(o):
         records, arrays = read_run(folder)
         if records:
             found[alpha] = records, arrays
-            args.append({**common.read_args(folder), "alpha": None})
+            args.append({**common.read_args(folder)["run"], "alpha": None})
             if args[-1] != args[0]:
                 raise ValueError(f"{o.out}: the alphas there differ in task or options: choose another --out")
     if not found:
         raise ValueError(f"{o.out}: no records of alpha {[f'{a:g}' for a in o.alpha]}")
     o.task, o.extra_dims, o.iterations = (args[0][key] for key in ("task", "extra_dims", "iterations"))
+    o.what = {key: value for key, value in args[0].items() if key not in ("alpha", "theta0_crc32")}
     return found
 
 
@@ -352,7 +353,7 @@ def summarise(o, found):
                            "(95 % interval)", part, LOSSES[:2], LEVELS)
     ends = {alpha: {r["run"]: [{"mean_train_loss": r["train_loss"]}] for r in records if r["level"] is None}
             for alpha, (records, _) in found.items()}
-    return common.write_summary(o, ends, summary)
+    return common.write_summary(o, ends, o.what, summary)
 
 
 def draw(o, found):
