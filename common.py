@@ -19,6 +19,7 @@ differentiable programming", NeurIPS 2019.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1277,6 +1278,7 @@ def print_table(title, part, columns, levels):
 
 
 def cell(value):
+    """What `spread` returned, for a table: mean +- std (n), or mean [interval], or a dash."""
     if not value:
         return "-"
     if "interval" in value:
@@ -1317,19 +1319,31 @@ def alpha_label(alpha):
     return r"$\alpha = \infty$" if alpha == math.inf else rf"$\alpha = {alpha:g}$"
 
 
-def draw_linearity(ax, runs, x, colour, label):
-    """The three similarities to initialisation against x, and how far f^a is from its linearisation."""
-    for key, style in (("sign_similarity", "-"), ("repr_alignment", "--"), ("ntk_alignment", ":"),
-                       ("linearisation_error", "-.")):
-        name = {"sign_similarity": "ReLU signs", "repr_alignment": "representation", "ntk_alignment": "NTK",
-                "linearisation_error": "linearisation error"}[key]
-        thin = dict(linewidth=1, alpha=.8) if key == "linearisation_error" else {}
-        band(ax, runs, x, lambda r: r.get(key), color=colour, linestyle=style, label=f"{name}, {label}", **thin)
+LINEARITY_STYLES = {"sign_similarity": "-", "repr_alignment": "--", "ntk_alignment": ":", "linearisation_error": "-."}
 
 
-def legend_below(ax, columns):
-    """A legend under the axis labels, where it covers no curve; entries run down the columns, one an alpha."""
-    ax.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(.5, -.15))
+def draw_linearity(ax, runs, x):
+    """The similarities to initialisation against x, a function of a record, and how far f^a is from linear."""
+    for colour, seeds in zip(itertools.cycle(COLOURS), runs.values()):
+        for key, style in LINEARITY_STYLES.items():
+            thin = dict(linewidth=1, alpha=.8) if key == "linearisation_error" else {}
+            band(ax, seeds.values(), x, lambda r: r.get(key), color=colour, linestyle=style, **thin)
+    ax.set(ylim=(0, None), ylabel="similarity to initialisation, error", title="Linearity")
+    names = "ReLU signs", "representation", "NTK", "linearisation error"
+    legend_below(ax, alpha_colours(runs), dict(zip(names, LINEARITY_STYLES.values())))
+
+
+def alpha_colours(runs):
+    """{label of an alpha: its colour}, for a legend."""
+    return dict(zip(map(alpha_label, runs), itertools.cycle(COLOURS)))
+
+
+def legend_below(ax, colours, styles):
+    """A legend under the axis labels, where it covers no curve: what each colour means, then each line style."""
+    from matplotlib.lines import Line2D
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    handles += [Line2D([], [], color="#777777", linestyle=style, label=name) for name, style in styles.items()]
+    ax.legend(handles=handles, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(.5, -.15))
 
 
 def save_figure(figure, folder, name):

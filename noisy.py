@@ -6,6 +6,17 @@
 
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above.
+
+--quick takes 48 seconds on two CPU cores; the paper's figure 33 seconds an epoch: the rich network reaches a clean loss
+of .3 after 13, the lazy one 1.14 after 40 (2026-11-24; not timed on a GPU). --quick prints, among other tables,
+
+    alpha = 1 - 100, paired by seed (95 % interval from three seeds on)
+      loss                        gap                 test_acc
+       1.7       0.230 [0.010, 0.450]    0.089 [-0.011, 0.189]
+       1.5       0.577 [0.331, 0.822]     0.126 [0.087, 0.165]
+    ...
+    alpha = 1: smallest test loss 1.055 +- 0.025 (n=3), at clean loss 0.861 +- 0.017 (n=3)
+    alpha = 100: smallest test loss 1.560 +- 0.115 (n=3), at clean loss 1.163 +- 0.191 (n=3)
 """
 import itertools
 
@@ -98,35 +109,29 @@ def draw(o, runs):
     """noisy.png, the paper's Figure 3, and noisy_curves.png, the same runs against iterations."""
     from matplotlib.figure import Figure
     of = lambda key: lambda r: r.get(key)
-    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
+
+    def panel(ax, x, styles):
+        for colour, seeds in zip(itertools.cycle(common.COLOURS), runs.values()):
+            for key, style in styles.items():
+                common.band(ax, seeds.values(), of(x), of(key), color=colour, linestyle=style)
+        names = ["noisy, true labels" if key == "noisy_true_acc" else key.split("_")[0] for key in styles]
+        common.legend_below(ax, common.alpha_colours(runs), dict(zip(names, styles.values())))
+
+    figure = Figure(figsize=(8.3, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (alpha, seeds) in zip(itertools.cycle(common.COLOURS), runs.items()):
-        label = common.alpha_label(alpha)
-        for name, style in (("noisy", "-"), ("test", "--")):
-            common.band(left, seeds.values(), of("clean_loss"), of(f"{name}_loss"), color=colour, linestyle=style,
-                        label=f"{name}, {label}")
-        common.draw_linearity(right, seeds.values(), of("clean_acc"), colour, label)
+    panel(left, "clean_loss", {"noisy_loss": "-", "test_loss": "--"})
     left.invert_xaxis()
     left.set(xlabel="loss of the clean examples (training goes to the right)", ylabel="loss", title="Equal clean loss")
-    right.set(xlabel="accuracy on the clean examples", ylabel="similarity to initialisation, error", ylim=(0, None),
-              title="Linearity")
-    for ax in (left, right):
-        common.legend_below(ax, len(runs))
+    common.draw_linearity(right, runs, of("clean_acc"))
+    right.set(xlabel="accuracy on the clean examples")
     common.save_figure(figure, o.out, "noisy")
 
-    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.3, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (alpha, seeds) in zip(itertools.cycle(common.COLOURS), runs.items()):
-        curves = [(left, "clean_loss", "-"), (left, "noisy_loss", "--"), (left, "test_loss", ":"),
-                  (right, "clean_acc", "-"), (right, "noisy_acc", "--"), (right, "test_acc", ":"),
-                  (right, "noisy_true_acc", "-.")]
-        for ax, key, style in curves:
-            name = "noisy, true labels" if key == "noisy_true_acc" else key.split("_")[0]
-            common.band(ax, seeds.values(), of("iteration"), of(key), color=colour, linestyle=style,
-                        label=f"{name}, {common.alpha_label(alpha)}")
+    panel(left, "iteration", {"clean_loss": "-", "noisy_loss": "--", "test_loss": ":"})
+    panel(right, "iteration", {"clean_acc": "-", "noisy_acc": "--", "test_acc": ":", "noisy_true_acc": "-."})
     for ax, name in ((left, "loss"), (right, "accuracy")):
         ax.set(xscale="symlog", xlabel="iteration", xlim=(1, None), ylabel=name)
-        common.legend_below(ax, len(runs))
     common.save_figure(figure, o.out, "noisy_curves")
 
 

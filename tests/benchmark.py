@@ -115,22 +115,17 @@ def bench_ntk():
     t_jacrev, = seconds(lambda: jacrev(model, x), repeats=1)
     print(f"  N = 10, C = 10: {t:.3f} s; vmap(jacrev) and a product {t_jacrev:.1f} s, {t_jacrev / t:.0f} x")
     try:
-        from nngeometry.generator import TorchHooksJacobianBackend
-        from nngeometry.layercollection import LayerCollection
-        from nngeometry.object import PMatDense  # noqa: F401  (the package is there)
-        from nngeometry.object.fspace import FMatDense
+        from nngeometry.gram import GramMatrix
     except ImportError:
         print("  nngeometry is not installed: not compared")
         return
-    collection = LayerCollection.from_model(model)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=10)
-    generator = TorchHooksJacobianBackend(model=model, function=lambda *d: model(d[0]))
     begin = time.perf_counter()
-    FMatDense(collection, generator, examples=loader)
-    print(f"  nngeometry's dense Gram matrix, N = 10: {(time.perf_counter() - begin) / t:.0f} x")
+    GramMatrix(model, loader)
+    print(f"  nngeometry's dense GramMatrix, N = 10, C = 10: {(time.perf_counter() - begin) / t:.0f} x")
 
 
-def bench_toy(repeats=5, chunk=25):
+def bench_toy(repeats=7, chunk=25):
     """One step of the toy experiment, per run: batched against one plain network."""
     o = toy.common.parse(toy.make_parser(), toy.QUICK, [], dict(device="cpu"))
     batch = toy.Batch(range(chunk), 1.0, o)
