@@ -191,6 +191,11 @@ def test_target_alignment():
         common.target_alignment(K, signs, centered=False))
 
 
+def test_target_alignment_of_one_output_takes_class_indices():
+    y, K = torch.tensor([0, 1, 1, 0]), kernel(0, 4)
+    assert common.target_alignment(K.view(4, 1, 4, 1), y) == pytest.approx(common.target_alignment(K, 2.0 * y - 1))
+
+
 def test_relu_signs_and_representation_by_hand():
     model = common.mlp([2, 2, 1])
     with torch.no_grad():

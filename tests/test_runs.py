@@ -424,3 +424,39 @@ def test_cuda_equals_cpu_up_to_rounding(tiny, tmp_path):
     tiny_run(tiny, tmp_path / "cpu", dtype="float64", epochs=2)
     a, b = records(tmp_path / "gpu")[-1], records(tmp_path / "cpu")[-1]
     assert a["mean_train_loss"] == pytest.approx(b["mean_train_loss"], rel=1e-6)
+
+
+def test_a_run_of_another_script_is_refused(tiny, tmp_path):
+    import cscore
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    with pytest.raises(ValueError, match="script = noisy.py"):
+        cscore.main(dataset=str(tiny), out=str(tmp_path), **{**TINY, "alpha": [1], "epochs": 1})
+    with pytest.raises(ValueError, match="run of noisy.py"):
+        cscore.main(out=str(tmp_path), draw_only=True)
+
+
+def test_records_without_a_checkpoint_are_kept(tiny, tmp_path, capsys):
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
+    folder = tmp_path / "alpha=1_seed=0"
+    before = (folder / "log.jsonl").read_bytes()
+    (folder / "checkpoint.pt").unlink()
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    assert (folder / "log.jsonl.old-1").read_bytes() == before and "no checkpoint" in capsys.readouterr().out
+
+
+def test_missing_args_are_refused(tiny, tmp_path):
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    (tmp_path / "alpha=1_seed=0" / "args.json").unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        tiny_run(tiny, tmp_path, alpha=[1], epochs=1, noise=.3)
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1, noise=.3, fresh=True)
+    assert (tmp_path / "alpha=1_seed=0.old-1" / "log.jsonl").exists()
+
+
+def test_summary_says_what_its_runs_are(tiny, tmp_path):
+    tiny_run(tiny, tmp_path, alpha=[100], epochs=1)
+    assert tiny_run(tiny, tmp_path, alpha=[1], epochs=1, noise=.3, levels=[1.05])["options"]["noise"] == .3
+    with pytest.raises(ValueError, match="differ in noise"):
+        noisy.main(out=str(tmp_path), draw_only=True)
+    again = noisy.main(["--draw-only", "--alpha=1", "--out", str(tmp_path)])
+    assert again["options"]["alpha"] == ["1"] and again["options"]["levels"] == [1.05]
