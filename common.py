@@ -648,13 +648,17 @@ def draw_training_set(images, seed, o):
     """x_train, y_train, score_train or None: the --subset examples that this seed draws, in the file's order, or all.
 
     Raises ValueError: a batch larger than the training set."""
-    keep = np.arange(len(images["y_train"]))
-    if o.subset:
-        keep = np.sort(np.random.default_rng(seed).permutation(keep)[:o.subset])
-    if o.batch_size > len(keep):
-        raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
+    keep = training_indices(images, seed, o)
     score = images["score_train"][keep] if "score_train" in images else None
     return images["x_train"][keep], images["y_train"][keep], score
+
+
+def training_indices(images, seed, o):
+    """Which training images a seed trains on, ascending. Raises ValueError: a batch larger than that."""
+    keep = some(np.arange(len(images["y_train"])), o.subset, seed)  # all of them where --subset is not given
+    if o.batch_size > len(keep):
+        raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
+    return keep
 
 
 def some(members, count, seed):

@@ -264,9 +264,7 @@ def averages(entry, share, agree):
 def prepare(images, seed, o):
     """The data of one seed, the same for every alpha: the training set, and the cells that are watched."""
     y, attribute, statistics = images["y_train"], images["attribute_train"], (images["mean"], images["std"])
-    keep = common.some(np.arange(len(y)), o.subset, seed)
-    if o.batch_size > len(keep):
-        raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
+    keep = common.training_indices(images, seed, o)
     # In CelebA women hold 94 % of the blond, but a bare 52 % of the others: small subsets could tip it over.
     agree = ["00", "10"] if o.dataset == "celeba" else with_correlation(y, attribute)
     share = {c: float(((y[keep] == int(c[0])) & (attribute[keep] == int(c[1]))).mean()) for c in CELLS}
