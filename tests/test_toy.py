@@ -56,7 +56,7 @@ def test_batched_run_equals_plain_runs(alpha):
                     crossed[level] = iteration, loss.item()
                     if (run, level) in found:
                         theta = [p for p in centered.parameters() if p.requires_grad]
-                        plain = [p.detach().T for p in theta[::2]] + [p.detach()[None] for p in theta[1::2]]
+                        plain = [p.detach() for p in theta[::2]] + [p.detach()[:, None] for p in theta[1::2]]
                         for a, b in zip(found[run, level][2], plain):
                             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
             if iteration < ends[run]["iteration"]:
