@@ -1259,7 +1259,7 @@ def between(records, level, key, on):
 
 
 def print_linearity(summary, levels):
-    """Print the linearity measures at the lowest of the paper's losses 1.0 and .5 that was reached, and at the end."""
+    """Print the linearity measures at the paper's losses 1.0 and .5, where they were reached, and at the end."""
     print("\nlinearity, on held-out images" + "".join(f"{key:>22}" for key in LINEARITY))
     for alpha, part in summary["alphas"].items():
         for level in [f"{level:g}" for level in (1.0, .5) if level in levels] + ["end"]:
