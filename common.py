@@ -520,10 +520,11 @@ def read_npz(path):
     if not os.path.exists(path):
         raise OSError(f"{path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return {name: file[name] for name in file.files}
+        with open(path, "rb") as raw:
+            if not zipfile.is_zipfile(raw):
+                raise ValueError("not a zip archive")
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
     except PermissionError:
         raise
     except Exception as e:  # hostile bytes make numpy and zipfile raise nearly anything, MemoryError included
@@ -654,7 +655,10 @@ def draw_training_set(images, seed, o):
 
 
 def training_indices(images, seed, o):
-    """Which training images a seed trains on, ascending. Raises ValueError: a batch larger than that."""
+    """Which training images a seed trains on, ascending. Raises ValueError: --subset is larger than the training set, or
+    the batch than the subset."""
+    if o.subset and o.subset > len(images["y_train"]):
+        raise ValueError(f"--subset {o.subset} is larger than the training set of {len(images['y_train'])}")
     keep = some(np.arange(len(images["y_train"])), o.subset, seed)  # all of them where --subset is not given
     if o.batch_size > len(keep):
         raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
@@ -1475,8 +1479,10 @@ def parse(p, quick, argv, options):
 
 def find_runs(o, given):
     """For --draw-only: where --alpha or --seeds were not `given`, all that the folder holds; where --levels were not,
-    those of the summary that is there."""
+    those of the summary that is there. ValueError: there is no such folder."""
     found = []
+    if not os.path.isdir(o.out):
+        raise ValueError(f"--draw-only: there is no folder {o.out} (--out)")
     for path in sorted(pathlib.Path(o.out).glob("alpha=*/log.jsonl")):
         a, _, seed = path.parent.name[len("alpha="):].partition("_seed=")
         with contextlib.suppress(argparse.ArgumentTypeError):  # not a run's folder, or one moved aside

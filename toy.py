@@ -1,6 +1,6 @@
 """Figure 1 of "Lazy vs hasty": a hundred small networks on a two-dimensional task with easy and hard regions.
 
-    python toy.py --quick                       fewer runs, larger steps: the same picture in 10 seconds
+    python toy.py --quick                       fewer runs, larger steps: the same picture in 9 seconds
     python toy.py                               the paper's figure
     python toy.py --alpha 1 100 inf             with the exactly linear limit
     python toy.py --animate                     also toy.gif: how one run's decision function grows
@@ -13,7 +13,7 @@ It ends with
 
     median iterations to a training loss, and how many runs reached it
       alpha = 1      ...  0.5: 130 (100/100)  0.4: 158 (100/100)  0.3: 232 (100/100)  ...
-      alpha = 100    ...  0.5: 1469 (100/100)  0.4: 4300 (100/100)  0.3: 11864 (97/100)  ...
+      alpha = 100    ...  0.5: 1469 (100/100)  0.4: 4300 (100/100)  0.3: 11866 (97/100)  ...
 
     test loss in the discs and outside, alpha = 1 minus 100, paired by run (95 % interval)
       loss                inside_loss             outside_loss
@@ -67,7 +67,7 @@ def label(task, x):
 
 def points(run, o):
     """What a run's seed fixes for every alpha, in float64 on the CPU: training examples (POINTS, d), the probe's
-    examples, and the test grid (SIDE^2, d), whose first two columns are the same in every run and the rest drawn."""
+    (o.probe_examples, d), and the test grid (SIDE^2, d), whose first two columns are the same in every run and the rest drawn."""
     def draw(what, n):
         return 2 * torch.rand(n, 2 + o.extra_dims, generator=common.generator(what, run), dtype=torch.float64) - 1
 

@@ -94,7 +94,7 @@ def test_links_and_pictures_exist():
 
 def number(value, digits=2):
     """As the README writes it: .74, 1.41, -.024."""
-    text = f"{value:.{digits}f}"
+    text = f"{value:.{digits}f}".replace("-", "−")
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
@@ -122,7 +122,6 @@ def claims():
         "C-scores: signs, representation, NTK, α = 1, at 1.0": linear(cscore, "1", "1"),
         "Noisy: noisy loss at clean loss 1.0, α = 1 and 100": [clean("1", "1"), clean("100", "1")],
         "Noisy: noisy loss at clean loss .5, α = 1": [clean("1", "0.5")],
-        "Noisy: noisy loss at clean loss 1.3, α = 1 and 100": [clean("1", "1.3"), clean("100", "1.3")],
         "Noisy: smallest test loss, α = 1 and 100": [smallest("1"), smallest("100")],
         "Noisy, 4,068 images: gap at mean loss 1.6, α = 1 and 100": [number(at(small, a, "1.6", "gap")) for a in ("1", "100")],
         "Noisy, 4,068 images: test accuracy there": [number(at(small, a, "1.6", "test_acc")) for a in ("1", "100")],
@@ -131,6 +130,24 @@ def claims():
         "Spurious, CIFAR-10 with a border: gap against - with at .208, α = .5, 1, 100": [
             number(at(border, a, "0.208", "gap")) for a in ("0.5", "1", "100")],
     }
+
+
+def test_intervals_are_those_of_the_records():
+    """Every "mean [low, high]" of the text is a paired difference of some summary.json."""
+    found = set()
+
+    def collect(part):
+        if isinstance(part, dict):
+            if part.get("interval"):
+                found.add(f"{number(part['mean'])} [{', '.join(map(number, part['interval']))}]")
+            for value in part.values():
+                collect(value)
+
+    for path in (ROOT / "figures").glob("*/summary.json"):
+        collect(json.loads(path.read_text()))
+    text = re.sub(r"\s+", " ", README)
+    claimed = re.findall(r"[−.\d]+ \[[−.\d]+, [−.\d]+\]", text)
+    assert len(claimed) >= 8 and set(claimed) <= found, set(claimed) - found
 
 
 def test_numbers_of_the_claim_table():

@@ -265,10 +265,11 @@ def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for options, expected in ((dict(alpha=[0]), "alpha"), (dict(dataset=str(tmp_path / "none.npz")), "no such file"),
                               (dict(quick=True, out=str(tmp_path / "file")), "file"),
-                              (dict(draw_only=True, out=str(tmp_path / "empty")), "no records")):
+                              (dict(draw_only=True, out=str(tmp_path / "empty")), "there is no folder")):
         process = start("noisy.py", **options)
         out, err = process.communicate()
         assert process.returncode == 2 and expected in err and len(err.splitlines()) == 1 and "Traceback" not in err, err
+    assert not (tmp_path / "empty").exists()
 
 
 def test_keywords_and_command_line_mean_the_same():

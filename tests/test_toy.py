@@ -222,6 +222,7 @@ def test_rounding_is_warned_about(tmp_path, capsys):
     (dict(chunk=0), "chunk"), (dict(lr=-1), "lr"), (dict(dtype="bfloat16"), "dtype"), (dict(momentum=.9), "momentum"),
     (dict(draw_only=True), "no records"), (dict(draw_only=True, animate=True), "animate")])
 def test_bad_input_is_refused(tmp_path, bad, words):
+    (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=words):
         toy.main(**{**TINY, **bad}, out=str(tmp_path / "out"))
     assert not list(tmp_path.rglob("log.jsonl"))
