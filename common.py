@@ -655,8 +655,8 @@ def draw_training_set(images, seed, o):
 
 
 def training_indices(images, seed, o):
-    """Which training images a seed trains on, ascending. Raises ValueError: --subset is larger than the training set, or
-    the batch than the subset."""
+    """Which training images a seed trains on, ascending. Raises ValueError: --subset larger than the training set, or
+    a batch larger than what is left."""
     if o.subset and o.subset > len(images["y_train"]):
         raise ValueError(f"--subset {o.subset} is larger than the training set of {len(images['y_train'])}")
     keep = some(np.arange(len(images["y_train"])), o.subset, seed)  # all of them where --subset is not given

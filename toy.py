@@ -67,7 +67,8 @@ def label(task, x):
 
 def points(run, o):
     """What a run's seed fixes for every alpha, in float64 on the CPU: training examples (POINTS, d), the probe's
-    (o.probe_examples, d), and the test grid (SIDE^2, d), whose first two columns are the same in every run and the rest drawn."""
+    (o.probe_examples, d), and the test grid (SIDE^2, d), whose first two columns are the same in every run and the rest
+    drawn."""
     def draw(what, n):
         return 2 * torch.rand(n, 2 + o.extra_dims, generator=common.generator(what, run), dtype=torch.float64) - 1
 
