@@ -648,7 +648,7 @@ class Examples:
 def draw_training_set(images, seed, o):
     """x_train, y_train, score_train or None: the --subset examples that this seed draws, in the file's order, or all.
 
-    Raises ValueError: a batch larger than the training set."""
+    Raises ValueError: as training_indices."""
     keep = training_indices(images, seed, o)
     score = images["score_train"][keep] if "score_train" in images else None
     return images["x_train"][keep], images["y_train"][keep], score

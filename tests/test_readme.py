@@ -93,7 +93,7 @@ def test_links_and_pictures_exist():
 
 
 def number(value, digits=2):
-    """As the README writes it: .74, 1.41, -.024."""
+    """As the README writes it: .74, 1.41, −.024."""
     text = f"{value:.{digits}f}".replace("-", "−")
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
