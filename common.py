@@ -4,11 +4,11 @@
     2  the optimizer            scaled_sgd
     3  NTK, linearity measures  empirical_ntk, kernel_alignment, target_alignment, relu_signs, sign_similarity,
                                 representation, representation_alignment, linearisation_error
-    4  the networks             resnet18, mlp
-    5  the data                 load_images, flip_labels, Examples
-    6  the training loop        train, LinearityProbe
-    7  equal training loss      value_at, summarise
-    8  the command line         parser, parse, command_line
+    4  the networks             mlp, resnet18, Standardise
+    5  the data                 load_images, flip_labels, outputs
+    6  a run                    Run, Linearity, update_noise, graphed, read_runs
+    7  equal training loss      curve, value_at, summarise, print_claim, draw_band
+    8  the command line         options, sweep, command_line
 
 Sections 1 to 3 are made to be copied: paste a function with the names its docstring lists under "Needs:".
 
@@ -17,16 +17,24 @@ example difficulty", TMLR 2022. The idea of scaling a centred model: Chizat, Oya
 differentiable programming", NeurIPS 2019.
 """
 import argparse
+import concurrent.futures
 import contextlib
+import copy
+import datetime
+import difflib
+import functools
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import signal
 import sys
+import threading
 import time
+import types
 import warnings
 import zipfile
 import zlib
@@ -442,16 +450,19 @@ class ResNet18(nn.Module):
 
     def __init__(self, num_classes, in_channels, width):
         super().__init__()
-        block = lambda i, o, stride: nn.Sequential(BasicBlock(i, o, stride), BasicBlock(o, o, 1))
+
+        def stage(inputs, outputs, stride):
+            return nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
+
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1, self.layer2 = block(width, width, 1), block(width, 2 * width, 2)
-        self.layer3, self.layer4 = block(2 * width, 4 * width, 2), block(4 * width, 8 * width, 2)
+        self.layer1, self.layer2 = stage(width, width, 1), stage(width, 2 * width, 2)
+        self.layer3, self.layer4 = stage(2 * width, 4 * width, 2), stage(4 * width, 8 * width, 2)
         self.fc = nn.Linear(8 * width, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.conv1(x)))
@@ -468,6 +479,40 @@ def resnet18(num_classes, in_channels=3, width=64):
     # works on a single one. There a 3 x 3 convolution sees padding on all sides but its centre, so 8 of its 9 taps
     # (5 of 9 in the first) never receive a gradient: 6.95 M of the 11.18 M parameters cannot move.
     return ResNet18(num_classes, in_channels, width)
+
+
+class Standardise(nn.Module):
+    """The first layer of every image network: uint8 (N, C, H, W) as stored -> (x / 255 - mean) / std, per channel."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x):
+        return (x.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+
+@contextlib.contextmanager
+def seeded(what, seed):
+    """Inside the block, layers are initialised from a seed of their own, in float32 on the CPU; afterwards torch's
+    global generator, default dtype and default device are what they were."""
+    with initialising, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        torch.default_generator.manual_seed(generator(what, seed).initial_seed())
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+initialising = threading.Lock()  # layers draw from the global generator: one thread at a time
+
+
+def generator(what, seed):
+    """A generator of its own for each purpose, so that no stream of random numbers depends on another's length."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{what} {seed}".encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,16 +533,20 @@ def load_images(dataset, data_dir="data"):
         return with_statistics(synthetic())
     if str(dataset).endswith(".npz"):
         return with_statistics(check_images(read_npz(dataset), dataset))
-    raise ValueError(f"--dataset {dataset}: not a known name, nor the path of an .npz file")
+    raise ValueError(f"--dataset {dataset}: {near(dataset, ['cifar10', 'synthetic'])} or a file FILE.npz")
 
 
 def with_statistics(images):
-    """Add the training pixels' own mean and standard deviation per channel."""
+    """Add the training pixels' own mean and standard deviation per channel, of pixels in [0, 1], unless it has some."""
     x = images["x_train"]
-    counts = [np.bincount(x[..., c].ravel(), minlength=256) / x[..., c].size for c in range(x.shape[-1])]
-    levels = np.arange(256) / 255
-    mean = [float(p @ levels) for p in counts]
-    std = [max(float(p @ (levels - m)**2), 1e-6)**.5 for p, m in zip(counts, mean)]
+    if "mean" in images and "std" in images:
+        return images
+    mean, std = [], []
+    for channel in range(x.shape[-1]):
+        share = np.bincount(x[..., channel].ravel(), minlength=256) / x[..., channel].size  # of each of the 256 values
+        value = np.arange(256) / 255
+        mean.append(float(share @ value))
+        std.append(max(float(share @ (value - mean[-1])**2), 1e-6)**.5)
     return {**images, "mean": mean, "std": std}
 
 
@@ -524,49 +573,72 @@ def read_npz(path):
             if not zipfile.is_zipfile(raw):
                 raise ValueError("not a zip archive")
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                arrays = {name: file[name] for name in file.files}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # a member that is no .npy comes as bytes
+                raise ValueError(f"its member {name} is no array")
+        return arrays
     except PermissionError:
         raise
     except Exception as e:  # hostile bytes make numpy and zipfile raise nearly anything, MemoryError included
-        reason = "it claims more data than fits into memory" if isinstance(e, MemoryError) else str(e).split("\n")[0]
+        reason = "it claims more data than fits into memory" if isinstance(e, MemoryError) else first_line(e)
         raise ValueError(f"{path}: not a readable .npz file (truncated, damaged or another format: "
                          f"{reason[:150]})") from None
 
 
 def check_images(images, path):
     """Check the arrays of a FILE.npz (see load_images), bring them to their types; ValueError says which is wrong."""
-    def refuse(reason):
-        raise ValueError(f"{path}: {reason}")
-
     checked = {}
     for split in ("train", "test"):
         for name in (f"x_{split}", f"y_{split}"):
             if name not in images:
-                refuse(f"no array {name} (has: {', '.join(images) or 'none'}); see 'Your own data' in README.md")
+                has = ", ".join(images) or "none"
+                raise ValueError(f"{path}: no array {name} (has: {has}); see 'Your own data' in README.md")
         x, y = images[f"x_{split}"], images[f"y_{split}"]
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or 0 in x.shape:
-            refuse(f"x_{split} must be uint8 (N, H, W, C) or (N, H, W) and not empty; it is {x.dtype} {x.shape}")
-        x = x if x.ndim == 4 else x[..., None]
+            raise ValueError(f"{path}: x_{split} must be uint8 (N, H, W, C) or (N, H, W) and not empty; it is "
+                             f"{x.dtype} {x.shape}")
+        if x.ndim == 3:
+            x = x[..., None]
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            refuse(f"y_{split} must be integers ({len(x)},), one a image of x_{split}; it is {y.dtype} {y.shape}")
+            raise ValueError(f"{path}: y_{split} must be integers ({len(x)},), one for each image of x_{split}; it is "
+                             f"{y.dtype} {y.shape}")
         checked[f"x_{split}"], checked[f"y_{split}"] = x, y.astype(np.int64)
-        for name, good, what in ((f"score_{split}", lambda v: np.isfinite(v).all(), "finite numbers"),
-                                 (f"attribute_{split}", lambda v: np.isin(v, (0, 1)).all(), "0 or 1")):
+        for name, kinds, type_ in ((f"score_{split}", "iuf", np.float64), (f"attribute_{split}", "iufb", np.int64)):
             if name in images:
-                v = images[name]
-                if v.dtype.kind not in "iuf" + "b" * (name[0] == "a") or v.shape != x.shape[:1] or not good(v):
-                    refuse(f"{name} must be {what}, one a image of x_{split}; it is {v.dtype} {v.shape}")
-                checked[name] = v.astype(np.float64 if name[0] == "s" else np.int64)
-    x, y = checked["x_train"], checked["y_train"]
-    if x.shape[1:] != checked["x_test"].shape[1:]:
-        refuse(f"images of x_train are {x.shape[1:]}, those of x_test {checked['x_test'].shape[1:]}")
+                checked[name] = check_numbers(images[name], name, kinds, len(x), path).astype(type_)
+    for name in ("mean", "std"):
+        if name in images:
+            checked[name] = check_numbers(images[name], name, "f", checked["x_train"].shape[3], path).tolist()
+    y = checked["y_train"]
+    if checked["x_train"].shape[1:] != checked["x_test"].shape[1:]:
+        raise ValueError(f"{path}: images of x_train are {checked['x_train'].shape[1:]}, those of x_test "
+                         f"{checked['x_test'].shape[1:]}")
+    if checked["x_train"].shape[3] not in (1, 3, 4):
+        print(f"warning: {path}: images have {checked['x_train'].shape[3]} channels; the channels come last")
     classes = int(y.max()) + 1
     if y.min() < 0 or classes < 2 or classes > len(y) or len(np.unique(y)) != classes:
-        refuse(f"y_train must run from 0 to the number of classes - 1, each present; it has {y.min()} to {y.max()}, "
-               f"{len(np.unique(y))} different")
+        raise ValueError(f"{path}: y_train must run from 0 to the number of classes - 1, each present; it has "
+                         f"{y.min()} to {y.max()}, {len(np.unique(y))} different")
     if checked["y_test"].min() < 0 or checked["y_test"].max() >= classes:
-        refuse(f"y_test has a label outside 0 to {classes - 1}, the labels of y_train")
+        raise ValueError(f"{path}: y_test has a label outside 0 to {classes - 1}, the labels of y_train")
     return checked
+
+
+def check_numbers(values, name, kinds, count, path):
+    """A score or attribute array (count,) of a FILE.npz; ValueError: another shape or type, not finite, not 0 or 1."""
+    good = values.dtype.kind in kinds and values.shape == (count,) and np.isfinite(values).all()
+    what = "finite numbers"
+    if name == "std":
+        what = "numbers above 0"
+        good = good and (values > 0).all()
+    if name.startswith("attribute"):
+        what = "0 or 1"
+        good = good and np.isin(values, (0, 1)).all()
+    if not good:
+        raise ValueError(f"{path}: {name} must be {what}, {count} of them; it is {values.dtype} "
+                         f"{values.shape}")
+    return values
 
 
 def synthetic(n_train=1200, n_test=400, classes=10, size=32):
@@ -575,20 +647,25 @@ def synthetic(n_train=1200, n_test=400, classes=10, size=32):
     an easy image shares its pattern with many, a hard one is mostly alone. The score is 1 - d."""
     rng = np.random.default_rng(0)
     grid = np.arange(size) / size
-    waves = np.stack([np.cos(2 * np.pi * (u * grid[:, None] + v * grid) + phase)
-                      for u in range(3) for v in range(3) for phase in (0, np.pi / 2) if u + v])  # (16, size, size)
-    smooth = lambda n: np.einsum("kwc,whv->khvc", rng.normal(size=(n, 16, 3)), waves) / 4  # (n, size, size, 3)
-    pattern = smooth(classes)
+    waves = []  # 16 cosines of low frequency, (size, size) each
+    for u, v in itertools.product(range(3), range(3)):
+        for phase in (0, np.pi / 2):
+            if u + v > 0:
+                waves.append(np.cos(2 * np.pi * (u * grid[:, None] + v * grid) + phase))
+    waves = np.stack(waves)
 
-    def draw(n):
+    def smooth(n):
+        return np.einsum("kwc,whv->khvc", rng.normal(size=(n, 16, 3)), waves) / 4  # (n, size, size, 3)
+
+    pattern = smooth(classes)
+    images = {}
+    for split, n in (("train", n_train), ("test", n_test)):
         y = rng.permutation(np.arange(n) % classes)
         d = rng.uniform(0, .9, (n, 1, 1, 1))
         x = (1 - d) * pattern[y] + d * smooth(n) + 1.4 * rng.normal(size=(n, size, size, 3))
-        return (128 + 40 * x).clip(0, 255).astype(np.uint8), y, 1 - d.ravel()
-
-    names = ("x", "y", "score")
-    return {f"{name}_{split}": value for split, n in (("train", n_train), ("test", n_test))
-            for name, value in zip(names, draw(n))}
+        images[f"x_{split}"] = (128 + 40 * x).clip(0, 255).astype(np.uint8)
+        images[f"y_{split}"], images[f"score_{split}"] = y, 1 - d.ravel()
+    return images
 
 
 def flip_labels(y, fraction, num_classes, seed):
@@ -598,7 +675,9 @@ def flip_labels(y, fraction, num_classes, seed):
     result differs from y is where the noise is. (The paper draws each example with that probability.)
     Raises ValueError: fraction not in (0, 1), or it changes no label or every one; fewer than two classes.
     """
-    count = round(fraction * len(y)) if 0 < fraction < 1 else 0
+    count = 0
+    if 0 < fraction < 1:
+        count = round(fraction * len(y))
     if not 0 < count < len(y) or num_classes < 2:
         raise ValueError(f"label noise must change some of the {len(y)} labels and not all, among two classes or more; "
                          f"got a fraction of {fraction} and {num_classes} classes")
@@ -609,949 +688,432 @@ def flip_labels(y, fraction, num_classes, seed):
     return torch.as_tensor(noisy) if isinstance(y, torch.Tensor) else noisy
 
 
-class Examples:
-    """Images on the device as uint8, standardised batch by batch, with their labels and (once cached) f_theta0.
-
-    x uint8 (N, H, W, C), y (N,), mean and std per channel; C = 1 output or one per class is the network's business.
-    """
-
-    def __init__(self, x, y, mean, std, o):
-        self.x = torch.as_tensor(x).to(o.device).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
-        self.y = torch.as_tensor(y).to(o.device)
-        self.mean, self.std = (torch.tensor(v, dtype=o.dtype, device=o.device).view(-1, 1, 1) for v in (mean, std))
-        self.f0 = None
-
-    def __len__(self):
-        return len(self.y)
-
-    def pixels(self, index):
-        return (self.x[index].to(self.std.dtype) / 255 - self.mean) / self.std
-
-    def index(self):
-        return torch.arange(len(self), device=self.x.device)
-
-    @torch.no_grad()
-    def cache_f0(self, centered):
-        """Compute f_theta0 of every example once. At a = inf nothing is subtracted and nothing is needed."""
-        if centered.alpha < math.inf:
-            self.f0 = torch.cat([centered.model0(self.pixels(i)) for i in self.index().split(500)])
-
-    @torch.no_grad()
-    def predict(self, centered, index):
-        """f^a of the examples in `index`, (n, C)."""
-        return torch.cat([centered(self.pixels(i), self.start(i)) for i in index.split(500)])
-
-    def start(self, index):
-        return None if self.f0 is None else self.f0[index]
-
-
-def draw_training_set(images, seed, o):
-    """x_train, y_train, score_train or None: the --subset examples that this seed draws, in the file's order, or all.
-
-    Raises ValueError: as training_indices."""
-    keep = training_indices(images, seed, o)
-    score = images["score_train"][keep] if "score_train" in images else None
-    return images["x_train"][keep], images["y_train"][keep], score
-
-
 def training_indices(images, seed, o):
-    """Which training images a seed trains on, ascending. Raises ValueError: --subset larger than the training set, or
-    a batch larger than what is left."""
-    if o.subset and o.subset > len(images["y_train"]):
-        raise ValueError(f"--subset {o.subset} is larger than the training set of {len(images['y_train'])}")
-    keep = some(np.arange(len(images["y_train"])), o.subset, seed)  # all of them where --subset is not given
+    """Which training images a seed trains on, ascending: all, or the --subset that this seed draws.
+    Raises ValueError: --subset larger than the training set, or a batch larger than what is left."""
+    count = len(images["y_train"])
+    if o.subset and o.subset > count:
+        raise ValueError(f"--subset {o.subset} is larger than the training set of {count}")
+    keep = draw_some(np.arange(count), o.subset, seed)
     if o.batch_size > len(keep):
         raise ValueError(f"--batch-size {o.batch_size} is larger than the training set of {len(keep)}")
     return keep
 
 
-def some(members, count, seed):
-    """Up to `count` of the indices `members`, drawn with the seed, in ascending order."""
+def draw_some(members, count, seed):
+    """Up to `count` (None: all) of the indices `members`, drawn with the seed, in ascending order."""
     return np.sort(np.random.default_rng(seed).permutation(members)[:count])
 
 
-def measure(f, y):
-    """Mean loss and accuracy, as floats, of outputs f (N, C) against labels y (N,)."""
-    loss, correct = losses(f, y)
-    return loss.mean().item(), correct.double().mean().item()
+def on_device(x, o):
+    """Images uint8 (N, H, W, C) as a tensor uint8 (N, C, H, W) on the device."""
+    return torch.as_tensor(x).to(o.device).permute(0, 3, 1, 2).contiguous()
 
 
-def losses(f, y):
-    """f (N, C) and labels y (N,) -> loss (N,) and correctness (N,): cross-entropy, or logistic loss at C = 1."""
-    if f.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(f[:, 0], y.to(f.dtype), reduction="none"), (f[:, 0] > 0) == (y > 0)
-    return F.cross_entropy(f, y, reduction="none"), f.argmax(1) == y
+@torch.no_grad()
+def outputs(f, x, f0=None, block=500):
+    """f(x) for many examples, a block at a time, without gradients: (N, C). f0: f_theta0(x), if it is known."""
+    parts = []
+    for k in range(0, len(x), block):
+        if f0 is None:
+            parts.append(f(x[k:k + block]))
+        else:
+            parts.append(f(x[k:k + block], f0[k:k + block]))
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  The training loop
+# 6  A run: minibatches, probes, checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LinearityProbe:
-    """Remembers the kernel, ReLU signs and representation at theta0 on examples x, and compares with them when called.
+class Run:
+    """One (alpha, seed): it says when to train and when to look, and keeps on the disk all it takes to go on.
 
-    Returns a dict: ntk_alignment, sign_similarity, repr_alignment (R^T R, drawn), repr_alignment_gram (R R^T) and
-    linearisation_error. At a = inf the network never leaves theta0: 1, 1, 1, 1 and 0 by definition.
+        for i in training.minibatches(probe):       # i (batch_size,): indices of the next minibatch, on the device
+            step(i)
+
+    OUT/alpha=A_seed=S/ holds args.json (what the run is), log.jsonl (a record a probe) and checkpoint.pt (parameters,
+    momentum, iteration, records: all that changes while it trains).
+
+    examples: how many there are to train on. linearity: called at every fifth probe.
+    Raises ValueError: the folder holds another run, or records without their checkpoint. OSError: it cannot be written.
     """
 
-    def __init__(self, centered, x):
-        import copy
-        self.centered, self.x = centered, x
-        if centered.alpha < math.inf:
-            start = copy.deepcopy(centered.model)  # which parameters require gradients, at theta0's values
-            start.load_state_dict(centered.model0.state_dict())
-            self.start = self.measure(start)
+    def __init__(self, o, seed, f, optimizer, images, examples, linearity):
+        self.o, self.seed, self.optimizer, self.examples, self.linearity = o, seed, optimizer, examples, linearity
+        self.steps_an_epoch = examples // o.batch_size  # the last incomplete batch is dropped
+        self.total = o.epochs * self.steps_an_epoch
+        self.iteration, self.seconds, self.records, self.step = 0, 0.0, [], None
+        self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
+        args = {"alpha": f"{f.alpha:g}", "seed": seed, **identity(o, images), "theta0_crc32": crc32(self.tensors)}
+        self.folder = run_folder(o, f"alpha={f.alpha:g}_seed={seed}", args)
+        if o.momentum:
+            for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.tensors.append(optimizer.state[p]["momentum_buffer"])
+        if (self.folder / "checkpoint.pt").exists():
+            self.load()
+        else:
+            self.records = read_log(self.folder / "log.jsonl")
+            if self.records and not finished(self.records, o):
+                raise ValueError(f"{self.folder} has records of an unfinished run but not its checkpoint, so it cannot "
+                                 "go on: choose another --out, or delete that folder")
+
+    def minibatches(self, probe):
+        """Yield the indices of minibatch after minibatch; probe() returns the script's part of a record, with
+        mean_train_loss. The order of an epoch depends on (seed, epoch) alone."""
+        o, due = self.o, schedule(self.steps_an_epoch, self.total)
+        if finished(self.records, o):
+            return
+        if not self.records:
+            self.save()
+        progress, saved = Progress(self.folder.name, self.total, self.iteration), time.monotonic()
+        begin, shuffled = time.monotonic() - self.seconds, None
+        while True:
+            self.seconds = time.monotonic() - begin
+            seen = bool(self.records) and self.records[-1]["iteration"] == self.iteration  # before an interruption
+            if self.iteration in due and not seen:
+                self.look(probe, progress)
+                if "ended" in self.records[-1]:
+                    break
+            if time.monotonic() - saved >= o.checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+            epoch, k = divmod(self.iteration, self.steps_an_epoch)
+            if epoch != shuffled:
+                order = torch.randperm(self.examples, generator=generator(f"order {epoch}", self.seed)).to(o.device)
+                shuffled = epoch
+            yield order[k * o.batch_size:(k + 1) * o.batch_size]
+            self.iteration += 1
+            progress.status(self.iteration, f"iteration {self.iteration}  loss {self.records[-1]['mean_train_loss']:.4f}")
+        self.save()
+        noise = [record.get("update_noise") or 0.0 for record in self.records if "update_noise" in record]
+        if noise and np.median(noise) > .02:
+            progress.line(f"warning: rounding swallows part of each step (update_noise {np.median(noise):.2g}, median, "
+                          "above .02): use --dtype float64, or --alpha inf")
+
+    def look(self, probe, progress):
+        """Take one record; `ended` in it says why the run is over."""
+        record = {"iteration": self.iteration, "epoch": self.iteration / self.steps_an_epoch,
+                  "seconds": round(self.seconds, 3), **probe()}
+        loss, ended = record["mean_train_loss"], None
+        recent = [earlier["mean_train_loss"] for earlier in self.records[-4:]] + [loss]
+        if not math.isfinite(loss):
+            ended = "diverged"
+        elif len(recent) == 5 and np.mean(recent) < self.o.stop_loss:
+            ended = "stop-loss"
+        elif self.iteration >= self.total:
+            ended = "epochs"
+        if ended != "diverged" and (ended or len(self.records) % 5 == 0):
+            record.update(self.linearity())
+            batch = torch.arange(self.o.batch_size, device=self.o.device)
+            record["update_noise"] = update_noise(self.optimizer, lambda: self.step(batch))
+        if ended:
+            record["ended"] = ended
+        self.records.append(json.loads(json_line(record)))
+        with naming_out(self.folder), open(self.folder / "log.jsonl", "ab") as log:
+            log.write(json_line(record))
+        shown = [f"{key} {record[key]:.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
+        progress.record(self.iteration, f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}  " + "  ".join(shown))
+        if ended == "diverged":
+            progress.line(f"diverged at iteration {self.iteration} (its loss is not a finite number): try a smaller --lr")
+
+    def save(self):
+        buffer = io.BytesIO()
+        torch.save({"iteration": self.iteration, "seconds": self.seconds, "records": self.records,
+                    "tensors": [t.detach() for t in self.tensors]}, buffer)
+        write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
+
+    @torch.no_grad()
+    def load(self):
+        """Take up checkpoint.pt: its tensors, and log.jsonl as its records have it."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.iteration, self.seconds, self.records = state["iteration"], state["seconds"], state["records"]
+            for mine, saved in zip(self.tensors, state["tensors"], strict=True):
+                mine.copy_(saved)
+        except Exception as e:  # damaged bytes make zipfile and torch raise nearly anything
+            raise ValueError(f"{path} cannot be read ({first_line(e)[:100]}): choose another --out, or delete the folder "
+                             f"{self.folder}") from None
+        if not finished(self.records, self.o):
+            if self.records and "ended" in self.records[-1]:
+                self.records.pop()  # probed again, if it is on the schedule
+            write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
+
+
+def finished(records, o):
+    """Whether a run's records and these options leave nothing to train. (More epochs, or a lower stop-loss, do.)"""
+    if not records or "ended" not in records[-1]:
+        return False
+    recent = [record["mean_train_loss"] for record in records[-5:]]
+    return (records[-1]["ended"] == "diverged" or records[-1]["epoch"] >= o.epochs
+            or records[-1]["ended"] == "stop-loss" and np.mean(recent) < o.stop_loss)
+
+
+def schedule(steps_an_epoch, total):
+    """The iterations of a run's probes, which no loss can influence, since a probe that waits for the loss to fall
+    catches a jittering run in its lucky moments: 0, a tenth further each time (at least one iteration, at most an
+    epoch), and the last."""
+    due, iteration = {total}, 0
+    while iteration < total:
+        due.add(iteration)
+        iteration += min(max(iteration // 10, 1), steps_an_epoch)
+    return due
+
+
+class Linearity:
+    """The measures of linearity against theta0, on examples x (N, ...) with labels y (N,): make it at theta0, call it
+    later. At a = inf the network never leaves theta0."""
+
+    def __init__(self, f, x, y):
+        self.f, self.x, self.y = f, x, y
+        model = f.model0
+        if f.alpha < math.inf:
+            model = f.model
+        else:
+            model = copy.deepcopy(f.model0)
+            for name, p in model.named_parameters():
+                p.requires_grad_(name in f.names)
+        self.start = self.measure(model)
 
     def measure(self, model):
         return empirical_ntk(model, self.x), relu_signs(model, self.x), representation(model, self.x)
 
     def __call__(self):
-        if self.centered.alpha == math.inf:
-            return {"ntk_alignment": 1.0, "sign_similarity": 1.0, "repr_alignment": 1.0, "repr_alignment_gram": 1.0,
-                    "linearisation_error": 0.0}
-        (K, s, R), (K0, s0, R0) = self.measure(self.centered.model), self.start
-        return {"ntk_alignment": kernel_alignment(K, K0), "sign_similarity": sign_similarity(s, s0),
+        (K, signs, R), (K0, signs0, R0) = self.start, self.start
+        if self.f.alpha < math.inf:
+            K, signs, R = self.measure(self.f.model)
+        return {"ntk_alignment": kernel_alignment(K, K0), "sign_similarity": sign_similarity(signs, signs0),
                 "repr_alignment": representation_alignment(R, R0),
                 "repr_alignment_gram": representation_alignment(R, R0, gram=True),
-                "linearisation_error": linearisation_error(self.centered, self.x)}
+                "target_alignment": target_alignment(K, self.y),
+                "linearisation_error": linearisation_error(self.f, self.x)}
 
 
 @torch.no_grad()
-def forward_noise(centered, x):
-    """Rounding that reaches the output: a max |f(x) - f(x) in float64| of the raw network (of f^a at a = inf)."""
-    import copy
-    f, scale = (centered, 1.0) if centered.alpha == math.inf else (centered.model, centered.alpha)
-    return scale * (f(x) - copy.deepcopy(f).double()(x.double())).abs().max().item()
+def update_noise(optimizer, step):
+    """What rounding does to a step: |applied - intended| / |intended|. Takes step() for real, then puts parameters and
+    momentum back. At large a the steps are small against theta: at a = 100 float32 loses .75 % of a first step."""
+    group = optimizer.param_groups[0]
+    parameters = group["params"]
+    velocities = [optimizer.state[p].get("momentum_buffer") for p in parameters]
+    changing = parameters + [v for v in velocities if v is not None]
+    before = [t.clone() for t in changing]
+    with torch.enable_grad():
+        step()
+    lost, whole = 0.0, 0.0
+    for p, old, velocity in zip(parameters, before, velocities):
+        intended = -group["lr"] * (p.grad if velocity is None else velocity).double()
+        lost += (p.double() - old.double() - intended).square().sum().item()
+        whole += intended.square().sum().item()
+    for t, old in zip(changing, before):
+        t.copy_(old)
+    return (lost / whole)**.5 if whole else math.nan
 
 
-@torch.no_grad()
-def update_noise(optimizer, gradients):
-    """Rounding of the next step: |applied - intended| / |intended|, where theta - step is rounded to theta's precision.
-
-    At large a the steps are small against theta: in float32, .75 % of a first step is lost at a = 100, 38 % at 1e4."""
-    group, lost, intended = optimizer.param_groups[0], 0.0, 0.0
-    for p, g in zip(group["params"], gradients):
-        before = optimizer.state[p].get("momentum_buffer") if group["momentum"] else None
-        velocity = g if before is None else group["momentum"] * before + g
-        step = group["lr"] * velocity.double()
-        applied = p.double() - p.add(velocity, alpha=-group["lr"]).double()
-        lost += (applied - step).square().sum().item()
-        intended += step.square().sum().item()
-    return (lost / intended)**.5 if intended else math.nan
-
-
-def train(folder, centered, train_set, probe_x, evaluate, o, seed, num_classes, streak=math.inf):
-    """Train f^a on `train_set` by SGD; write folder/log.jsonl, a strict-JSON record a probe, and folder/checkpoint.pt.
-
-    Probes: at the start, at the end, and whenever the smoothed training loss (exponential average, factor .9, started
-    at ln C) has fallen by another 4 %; so runs of different a are sampled at equal losses. Linearity at every fifth.
-
-    probe_x: pixels for the linearity measures. evaluate(): a dict, the script's part of a record, with mean_train_loss.
-    streak: stop after so many fully correct minibatches in a row. An interrupted run goes on where its checkpoint is.
-    Returns why it ended: "epochs", "stop-loss", "streak" or "diverged".
-    """
-    name = folder.name
-    place = load_checkpoint(folder)
-    steps = len(train_set) // o.batch_size  # the last incomplete batch is dropped
-    total = o.epochs * steps
-    if place and (place["ended"] in ("diverged", "streak") or place["ended"] == "epochs" and place["iteration"] >= total
-                  or place["ended"] == "stop-loss" and place["mean_train_loss"] < o.stop_loss):
-        print(f"{name}: already finished ({place['ended']})")
-        return place["ended"]
-
-    if place is None and (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size:
-        kept = unused(folder / "log.jsonl.old")
-        (folder / "log.jsonl").rename(kept)
-        print(f"{name}: there are records but no checkpoint; they are kept in {kept.name}, and the run starts again")
-    optimizer = scaled_sgd(centered, o.lr, o.momentum)
-    parameters = optimizer.param_groups[0]["params"]
-    train_set.cache_f0(centered)
-    linearity = LinearityProbe(centered, probe_x)
-    highest = math.log(max(num_classes, 2))  # the loss of f^a = 0
-    meters = torch.tensor([highest, 1 / max(num_classes, 2), 0, 0], dtype=o.dtype, device=o.device)
-    shuffle = generator("order", seed)
-    s = {"iteration": 0, "seconds": 0.0, "probe_seconds": 0.0, "probes": 0, "threshold": highest, "log_bytes": 0,
-         "mean_train_loss": highest, "warned": [], "order_state": shuffle.get_state()}
-
-    def forward(index):
-        loss, correct = losses(centered(train_set.pixels(index), train_set.start(index)), train_set.y[index])
-        return loss.mean(), correct
-
-    def step(index):
-        loss, correct = forward(index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        accuracy = correct.to(o.dtype).mean()
-        meters[:2].lerp_(torch.stack([loss.detach(), accuracy]), .1)  # smoothed loss and accuracy
-        meters[2].add_(1).mul_(accuracy == 1)  # fully correct minibatches in a row ...
-        meters[3].copy_(torch.maximum(meters[2], meters[3]))  # ... and the longest such row
-
-    def warn(key, text):
-        if key not in s["warned"]:
-            s["warned"] = [*s["warned"], key]
-            progress.done()
-            print(f"{name}: warning: {text}")
-
-    def record(loss, accuracy, order, ended):
-        begin = time.perf_counter()
-        entry = {"iteration": s["iteration"], "epoch": s["iteration"] / steps, "seconds": 0.0, "probe_seconds": 0.0,
-                 "train_loss": loss, "train_acc": accuracy, **evaluate()}
-        if ended is None and entry["mean_train_loss"] < o.stop_loss:
-            ended = "stop-loss"
-        if s["probes"] % 5 == 0 or ended:
-            gradients = torch.autograd.grad(forward(order[:o.batch_size])[0], parameters)
-            entry.update(linearity(), forward_noise=forward_noise(centered, probe_x[:32]),
-                         update_noise=update_noise(optimizer, gradients))
-            for key, limit, what in (("forward_noise", .01, "rounding reaches the outputs"),
-                                     ("update_noise", .02, "rounding swallows part of each step")):
-                if entry[key] > limit and ended != "diverged":
-                    warn(key, f"{what} ({key} {entry[key]:.2g}, above {limit}): use --dtype float64, or --alpha inf")
-        s["probes"] += 1
-        s["mean_train_loss"] = float(entry["mean_train_loss"])
-        s["probe_seconds"] += time.perf_counter() - begin
-        entry["seconds"], entry["probe_seconds"] = round(seconds(), 3), round(s["probe_seconds"], 3)
-        log.write(json_line(entry))
-        log.flush()
-        s["log_bytes"] = log.tell()
-        progress.line(entry)
-        return ended
-
-    def seconds():
-        return earlier + time.perf_counter() - started
-
-    def save(ended=None, momentum=True):
-        s["seconds"] = seconds()
-        os.fsync(log.fileno())
-        buffers = [optimizer.state[p].get("momentum_buffer") for p in parameters] if momentum and o.momentum else []
-        save_checkpoint(folder, {**s, "ended": ended, "meters": meters, "parameters": [p.detach() for p in parameters],
-                                 "momentum": [b for b in buffers if b is not None]}, spare=ended is None)
-
-    if place:
-        restore(place, folder, parameters, optimizer, meters)
-        s = {key: place[key] for key in s}
-        if place["ended"] == "stop-loss" and o.momentum:
-            print(f"{name}: goes on below its old --stop-loss; its momentum was not kept and starts again from 0")
-        else:
-            print(f"{name}: goes on at iteration {s['iteration']}")
-        shuffle.set_state(s["order_state"])
-    run_step, read_every = step, 1
-    if o.device.type == "cuda":  # to read a number from the device is to wait for it
-        run_step, read_every = graphed(step, parameters, optimizer, meters, o), 10
-    order = torch.randperm(len(train_set), generator=shuffle).to(o.device)
-    earlier, started, saved = s["seconds"], time.perf_counter(), time.monotonic()
-    progress = Progress(name, total, s["iteration"])
-    with open(folder / "log.jsonl", "ab") as log, interruptible() as asked:
-        log.truncate(s["log_bytes"])  # what lies behind is made again, the same
-        log.seek(s["log_bytes"])
-        while True:
-            # The checkpoint is taken after a step and before this reading: what follows is a function of it.
-            last = s["iteration"] >= total
-            if last or s["iteration"] % read_every == 0:
-                before = dict(s)
-                loss, accuracy, _, row = meters.tolist()
-                ended = ("diverged" if not math.isfinite(loss) else "streak" if row >= streak
-                         else "epochs" if last else None)
-                if 5 * steps <= s["iteration"] < 5 * steps + read_every and loss > .99 * highest:
-                    warn("stuck", f"the training loss is still {loss:.3f} after 5 epochs: try a larger --lr")
-                progress.status(s["iteration"], loss)
-                if s["probes"] == 0 or loss < .96 * s["threshold"] or ended:
-                    while loss < .96 * s["threshold"]:
-                        s["threshold"] *= .96
-                    ended = record(loss, accuracy, order, ended)
-                if ended:
-                    s.update(before if ended == "epochs" else {})  # more --epochs go on as if they had been asked for
-                    break
-            if s["iteration"] % steps == 0 and s["iteration"]:
-                s["order_state"] = shuffle.get_state()
-                order = torch.randperm(len(train_set), generator=shuffle).to(o.device)  # a new order each epoch
-            k = s["iteration"] % steps * o.batch_size
-            run_step(order[k:k + o.batch_size])
-            s["iteration"] += 1
-            if asked:
-                save()
-                raise KeyboardInterrupt
-            if time.monotonic() - saved >= o.checkpoint_seconds:
-                save()
-                saved = time.monotonic()
-        save(ended, momentum=ended == "epochs")
-        if asked:
-            raise KeyboardInterrupt
-    progress.done()
-    if ended == "diverged":
-        print(f"{name}: diverged at iteration {s['iteration']} (its loss is not a finite number): try a smaller --lr")
-    return ended
-
-
-def graphed(step, parameters, optimizer, meters, o):
-    """The same step as one CUDA graph on a static index: no launch costs. `step` itself, with a line, if that fails."""
-    index = torch.arange(o.batch_size, device=o.device)
-    kept = [*parameters, meters] + [optimizer.state[p]["momentum_buffer"] for p in parameters if optimizer.state[p]]
-    values = [t.detach().clone() for t in kept]
+def graphed(step, training):
+    """The same step as one CUDA graph on a static index: no launch costs. On a CPU `step` itself."""
+    training.step = step
+    if training.o.device.type != "cuda" or finished(training.records, training.o):
+        return step
+    index = torch.arange(training.o.batch_size, device=training.o.device)
+    before = [t.detach().clone() for t in training.tensors]
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
-        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # warm-up, on another stream as torch asks for; it also makes the momentum
+        with torch.cuda.stream(side):  # warm-up, on another stream as torch asks for
             for _ in range(3):
                 step(index)
         torch.cuda.current_stream().wait_stream(side)
-        optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
+        training.optimizer.zero_grad()
         with torch.cuda.graph(graph):
             step(index)
-        run = lambda batch: (index.copy_(batch), graph.replay())
     except RuntimeError as e:
         print(f"warning: CUDA graph refused ({first_line(e)}); going on step by step, slower")
-        run = step
-    with torch.no_grad():  # undo the warm-up: a first momentum of 0 gives the same first step as none
-        for state in optimizer.state.values():
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"].zero_()
-        for t, value in zip(kept, values):
-            t.copy_(value)
-    return run
-
-
-def generator(what, seed):
-    """A generator of its own for each purpose, so that no stream of random numbers depends on another's length."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{what} {seed}".encode()))
-
-
-@contextlib.contextmanager
-def seeded(what, seed):
-    """Seed torch's global CPU generator inside the block (initialisation draws from it) and put it back after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{what} {seed}".encode()))
-        yield
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Inside the block Ctrl-C and SIGTERM only fill the list that is yielded; a second one interrupts at once."""
-    asked = []
-
-    def handler(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    old = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, handler)
-    except ValueError:
-        pass  # not the main thread (a notebook's worker): leave them as they are
-    try:
-        yield asked
+        return step
     finally:
-        for number, handle in old.items():
-            signal.signal(number, handle)
+        with torch.no_grad():  # undo the warm-up
+            for t, old in zip(training.tensors, before):
+                t.copy_(old)
+
+    def replay(batch):
+        index.copy_(batch)
+        graph.replay()
+
+    training.step = replay
+    return replay
 
 
 class Progress:
-    """One status line on a terminal; one aligned line a probe into a file or pipe."""
+    """One status line on a terminal; into a file or pipe an aligned line a record, or every ten seconds."""
 
-    def __init__(self, name, total, first):
-        self.name, self.total, self.first, self.begin, self.shown = name, total, first, time.monotonic(), 0.0
+    quiet = False  # in a child of --jobs, whose parent has the status line
+
+    def __init__(self, name, total, done=0):
+        self.name, self.total, self.first, self.begin, self.shown = name, total, done, time.monotonic(), time.monotonic()
         self.terminal = sys.stdout.isatty()
 
-    def status(self, iteration, loss):
-        now = time.monotonic()
-        if self.terminal and now - self.shown > .2 and iteration > self.first:
-            self.shown = now
-            left = (now - self.begin) / (iteration - self.first) * (self.total - iteration)
-            print(f"\r{self.name}  iteration {iteration}  loss {loss:.4f}  at most "
-                  f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left \033[K", end="", flush=True)
+    def left(self, done):
+        """The time left, as text: at most, since a run may end before its last iteration."""
+        if done <= self.first:
+            return ""
+        seconds = int((time.monotonic() - self.begin) / (done - self.first) * (self.total - done))
+        return f"  at most {datetime.timedelta(seconds=seconds)} left"
 
-    def line(self, entry):
+    def status(self, done, text, every=10.0):
+        if self.terminal and not self.quiet and time.monotonic() - self.shown > .2:
+            self.shown = time.monotonic()
+            print(f"\r{self.name}  {text}{self.left(done)} \033[K", end="", flush=True)
+        elif not self.terminal and time.monotonic() - self.shown > every:
+            self.record(done, text)
+
+    def record(self, done, text):
         if not self.terminal:
-            print(f"{self.name:<18} iteration {entry['iteration']:>7}  epoch {entry['epoch']:>8.2f}  "
-                  f"loss {entry['train_loss']:.4f}  " + "  ".join(f"{k} {entry[k]:.4f}" for k in (
-                      "mean_train_loss", "test_loss", "test_acc", "ntk_alignment") if k in entry), flush=True)
+            self.shown = time.monotonic()
+            print(f"{self.name:<18} {text}{self.left(done)}", flush=True)
 
-    def done(self):
-        print("\r\033[K" if self.terminal else "", end="")
-
-
-def json_line(entry):
-    """Strict JSON, a line: numbers that are not finite become null."""
-    def strict(v):
-        if isinstance(v, dict):
-            return {k: strict(w) for k, w in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [strict(w) for w in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    return (json.dumps(strict(entry), allow_nan=False) + "\n").encode()
+    def line(self, text):
+        print("\r\033[K" * self.terminal + f"{self.name}: {text}", flush=True)
 
 
-def write_atomically(path, data, spare=None):
-    """Write bytes to a temporary file, flush it to the disk, rename it to `path`; the one that was there to `spare`."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if spare and path.exists():
-            os.replace(path, spare)
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise OSError(e.errno, f"{path} could not be written: {e.strerror}") from None
+# What a run is, and its files.
 
 
-def save_checkpoint(folder, state, spare):
-    """Write `state` (tensors and plain values) to folder/checkpoint.pt; keep the one before as a spare, or drop it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    previous = folder / "checkpoint.previous.pt"
-    write_atomically(folder / "checkpoint.pt", buffer.getbuffer(), previous)
-    if not spare:
-        previous.unlink(missing_ok=True)
+def identity(o, images):
+    """What makes two runs comparable: script, options that are part of a run, data; and what is good to know beside."""
+    arrays = [images[name] for name in sorted(images) if isinstance(images[name], np.ndarray)]
+    options = {name: getattr(o, name) for name in o.part_of_run if name != "dtype"}
+    options["dtype"] = str(o.dtype).removeprefix("torch.")
+    return {"script": o.script, "options": options,
+            "data_crc32": crc32(arrays), "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
+            "script_crc32": o.script_crc32, "torch": torch.__version__, "numpy": np.__version__,
+            "python": sys.version.split()[0], "device": str(o.device), "threads": torch.get_num_threads()}
 
 
-def load_checkpoint(folder):
-    """The newest checkpoint of a run folder that is whole, or None if there is none. ValueError if none is whole."""
-    paths = [p for p in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt") if p.exists()]
-    for path in paths:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError("wrong checksum")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            log = folder / "log.jsonl"
-            if (log.stat().st_size if log.exists() else 0) < state["log_bytes"]:
-                raise ValueError("log.jsonl is shorter than it was")
-            return state
-        except Exception as e:  # damaged bytes make zipfile and torch raise nearly anything
-            print(f"{path}: unusable ({first_line(e)[:100]})")
-    if paths:
-        raise ValueError(f"{folder}: no checkpoint is usable; --fresh moves the run aside and starts again")
+def run_folder(o, name, args):
+    """The folder OUT/name of one run, made and marked by its args.json. ValueError: it holds another run."""
+    folder = pathlib.Path(o.out) / name
+    with naming_out(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "args.json").exists():
+        compare(read_args(folder), args, folder)
+    else:
+        write_atomically(folder / "args.json", json_line(args))
+    return folder
 
 
-@torch.no_grad()
-def restore(state, folder, parameters, optimizer, meters):
-    """Copy a checkpoint's tensors into place; ValueError if they do not fit."""
-    targets = [*parameters, meters]
-    values = [*state["parameters"], state["meters"]]
-    if len(targets) != len(values) or any(t.shape != v.shape or t.dtype != v.dtype for t, v in zip(targets, values)):
-        raise ValueError(f"{folder}: the checkpoint is of another network; --fresh moves the run aside")
-    for target, value in zip(targets, values):
-        target.copy_(value)
-    for p, value in zip(parameters, state["momentum"]):
-        optimizer.state[p]["momentum_buffer"] = value.to(p.device)
+def check_folder(o, images):
+    """Compare what would be trained with every run in --out. ValueError: there is another; a warning: another script."""
+    args = identity(o, images)
+    for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
+        there = read_args(path.parent)
+        compare(there, args, path.parent)
+        if there.get("script_crc32") != args["script_crc32"]:
+            print(f"warning: {path.parent} was run by another text of {o.script}.py")
 
 
-@contextlib.contextmanager
-def run_folder(o, folder, identity):
-    """The folder of one run, made, locked and marked by its args.json, which names what the run is (see identity_of).
-
-    With --fresh a run that is there is moved aside first. Raises ValueError: another process has the lock; the folder
-    holds a run of another identity (the difference is named); args.json is damaged.
-    """
-    holds_a_run = lambda: any((folder / name).exists() for name in ("args.json", "log.jsonl", "checkpoint.pt"))
-    with lock(folder):
-        if o.fresh and holds_a_run():
-            aside = unused(folder.with_name(f"{folder.name}.old"))
-            folder.rename(aside)
-            print(f"{folder.name}: moved aside to {aside.name}")
-    with lock(folder):
-        if holds_a_run():
-            there, here = read_args(folder)["run"], json.loads(json_line(identity))
-            for key in [*here, *there]:
-                if there.get(key) != here.get(key):
-                    raise ValueError(f"{folder} holds a run with {key} = {there.get(key)}, not {here.get(key)}: choose "
-                                     "another --out, or --fresh to move it aside")
-        else:
-            dataset = os.path.basename(getattr(o, "dataset", ""))  # for the reader; data_crc32 is what is compared
-            versions = {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
-            write_atomically(folder / "args.json", json_line({"run": identity, "dataset": dataset,
-                                                              "device": str(o.device), "versions": versions}))
-        yield folder
-
-
-def unused(path):
-    """The first of NAME-1, NAME-2, ... beside `path` that does not exist."""
-    return next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}-{i}")).exists())
+def compare(there, here, folder):
+    """ValueError if the run that a folder holds is another than `here`, naming the first difference."""
+    facts = [(key, there.get(key), here[key]) for key in ("script", "data_crc32", "theta0_crc32") if key in here]
+    facts += [(key, there["options"].get(key), here["options"][key]) for key in here["options"]]
+    for key, old, new in facts:
+        if old != new:
+            raise ValueError(f"{folder} holds a run with {key} = {old}, not {new}: choose another --out, or delete that "
+                             "folder")
 
 
 def read_args(folder):
-    """A run folder's args.json: {"run": identity, "dataset", ...}. ValueError if it is missing or damaged."""
+    """A run folder's args.json as a dict. ValueError: missing or damaged."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        if not isinstance(args["run"], dict):
-            raise ValueError
-        return args
+        return {**args, "options": dict(args["options"])}
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}/args.json: missing or damaged; --fresh moves the run aside") from None
-
-
-@contextlib.contextmanager
-def lock(folder, wait=False):
-    """Hold folder/.lock; the system lets go of it when the process ends, however it ends. ValueError if it is held and
-    `wait` is not set."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise ValueError(f"{folder}: another process is at work on this run") from None
-        yield
-
-
-def crc32(*tensors):
-    """Checksum of arrays or tensors, to tell whether data or an initialisation is the same as before."""
-    value = 0
-    for t in tensors:
-        t = t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else t
-        value = zlib.crc32(np.ascontiguousarray(t).data, value)
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7  Equal training loss
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_runs(o):
-    """The records at hand, {alpha: {seed: [record, ...]}}, of the runs in --out that --alpha and --seeds name, and what
-    these runs are: the options they share, from their args.json.
-
-    Raises ValueError: no records, damaged ones, or runs that differ in more than alpha and seed.
-    """
-    runs, what = {}, None
-    for alpha, seed in ((alpha, seed) for alpha in o.alpha for seed in o.seeds):
-        folder = folder_of(o, alpha, seed)
-        records = read_log(folder / "log.jsonl")
-        if records:
-            args = read_args(folder)
-            here = {"dataset": args.get("dataset"), **args["run"]}
-            here = {key: value for key, value in here.items() if key not in ("alpha", "seed", "theta0_crc32")}
-            for key in here if what else ():
-                if here[key] != what.get(key):
-                    raise ValueError(f"{o.out}: its runs differ in {key} ({what.get(key)}, {here[key]}): nothing to "
-                                     "compare")
-            if here.get("script", o.script) != o.script:
-                raise ValueError(f"{folder} holds a run of {here['script']}")
-            runs.setdefault(alpha, {})[seed], what = records, here
-    if not runs:
-        raise ValueError(f"{o.out}: no records of alpha {[f'{a:g}' for a in o.alpha]} and seeds {o.seeds}")
-    return runs, what
+        raise ValueError(f"{folder}/args.json is missing or damaged: choose another --out, or delete that "
+                         "folder") from None
 
 
 def read_log(path):
     """The records of a log.jsonl; a half-written last line is left out. ValueError: a damaged line before it."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    records = []
-    for i, line in enumerate(lines):
+    lines, records = [], []
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(record, dict) or any(
-                    not isinstance(v, (int, float, type(None))) for k, v in record.items() if k != "ended"):
+            numbers = [value for key, value in record.items() if key != "ended"]
+            if not line.endswith(b"\n") or not all(isinstance(v, (int, float, type(None))) for v in numbers):
                 raise ValueError
             records.append(record)
-        except ValueError:
-            if i + 1 < len(lines):
-                raise ValueError(f"{path}: line {i + 1} is damaged") from None
+        except (ValueError, AttributeError):
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is damaged: choose another --out, or delete the folder "
+                                 f"{path.parent}") from None
     return records
 
 
-def value_at(level, loss, quantity):
-    """The value of `quantity` at training loss `level`: a least-squares line in ln(loss) over the probes within 8 % of
-    it, at least three and on both sides. None where there are not: nothing is extrapolated.
-
-    loss, quantity: sequences, one entry a probe; entries that are None are left out.
-    """
-    near = [(math.log(l / level), q) for l, q in zip(loss, quantity)
-            if l is not None and q is not None and l > 0 and abs(l / level - 1) <= .08]
-    x, y = np.array(near).reshape(-1, 2).T
-    if len(x) < 3 or x.min() > 0 or x.max() < 0 or x.max() - x.min() < 1e-9:
-        return None
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean())**2).sum()
-    return float(y.mean() - slope * x.mean())
-
-
-def student_t(n):
-    """The .975 quantile of Student's t with n - 1 degrees of freedom: with t = sqrt(n - 1) tan(u), u has density
-    proportional to cos(u)^(n - 2)."""
-    u = np.linspace(0, np.pi / 2, 200001)
-    density = np.cos(u)**(n - 2)
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(math.sqrt(n - 1) * np.tan(np.interp(.95 * mass[-1], mass, u)))
+def read_runs(folder):
+    """The records of every run in a folder, {alpha: {seed: [record, ...]}}, ascending; for notebooks, too.
+    ValueError: there are none, one is damaged, or they differ in more than alpha and seed."""
+    runs, first = {}, None
+    for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
+        records = read_log(path)
+        if not all({"iteration", "epoch", "mean_train_loss"} <= set(record) for record in records):
+            raise ValueError(f"{path} is damaged: choose another --out, or delete the folder {path.parent}")
+        if records:
+            args = read_args(path.parent)
+            first = first or args
+            compare(args, {**first, "theta0_crc32": args.get("theta0_crc32")}, path.parent)
+            runs.setdefault(float(args["alpha"]), {})[int(args["seed"])] = records
+    if not runs:
+        raise ValueError(f"{folder}: there are no records of runs (--out)")
+    return {alpha: dict(sorted(runs[alpha].items())) for alpha in sorted(runs)}
 
 
-def spread(values, interval=False):
-    """{"mean", "std", "n"} of the values that are not None, "interval" (95 %, Student's t) from three on; or None."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return None
-    n, mean, std = len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-    result = {"mean": mean, "std": std, "n": n}
-    if interval and n > 2:
-        half = student_t(n) * std / math.sqrt(n)
-        result["interval"] = [mean - half, mean + half]
-    return result
+def json_line(entry):
+    """Strict JSON, a line: numbers that are not finite become null."""
+    def strict(value):
+        if isinstance(value, dict):
+            return {key: strict(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [strict(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return (json.dumps(strict(entry), allow_nan=False) + "\n").encode()
 
 
-def loss_levels(num_classes, *more):
-    """.9, .8, ... .1 times ln C, the paper's 1.0 and .5, and more; highest first, as far as they lie below ln C."""
-    highest = math.log(max(num_classes, 2))
-    levels = {float(f"{level:.3g}") for level in [k / 10 * highest for k in range(1, 10)] + [1.0, .5, *more]}
-    return sorted((level for level in levels if level < highest), reverse=True)
-
-
-def summarise(runs, columns, levels, on="mean_train_loss"):
-    """Every column at every level of the loss `on`: per alpha over seeds, and paired by seed between alphas.
-
-    columns: name -> function of a record -> number or None. Returns {"alphas": {"1": {"levels": {"1.6": {column:
-    {"mean", "std", "n"}}}}}, "paired": {"1 - 100": {"levels": {"1.6": {column: {..., "interval"}}}}}}; levels that no
-    run has probed on both sides are absent.
-    """
-    value = {}  # (alpha, seed, level, column) -> number or None
-    for alpha, seeds in runs.items():
-        for seed, records in seeds.items():
-            loss = [r.get(on) for r in records]
-            for column, of in columns.items():
-                quantity = [of(r) for r in records]
-                for level in levels:
-                    value[alpha, seed, level, column] = value_at(level, loss, quantity)
-
-    def table(difference):
-        rows = {}
-        for level in levels:
-            cells = {column: difference(level, column) for column in columns}
-            if any(cells.values()):
-                rows[f"{level:g}"] = {column: cell for column, cell in cells.items() if cell}
-        return {"levels": rows}
-
-    def paired(a, b):
-        def cell(level, column):
-            pairs = [(value[a, s, level, column], value[b, s, level, column]) for s in runs[a] if s in runs[b]]
-            return spread([p - q for p, q in pairs if p is not None and q is not None], interval=True)
-        return table(cell)
-
-    def linearity(seeds):
-        """The linearity measures at each level and at the end, over seeds."""
-        rows = {f"{level:g}": {key: spread([between(r, level, key, on) for r in seeds.values()]) for key in LINEARITY}
-                for level in levels}
-        rows["end"] = {key: spread([r[-1].get(key) for r in seeds.values()]) for key in LINEARITY}
-        return {level: row for level, row in rows.items() if any(row.values())}
-
-    alphas = list(runs)
-    return {"alphas": {f"{a:g}": {**table(lambda level, column: spread([value[a, s, level, column] for s in runs[a]])),
-                                  "linearity": linearity(runs[a])} for a in alphas},
-            "paired": {f"{a:g} - {b:g}": paired(a, b) for i, a in enumerate(alphas) for b in alphas[i + 1:]}}
-
-
-LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "linearisation_error")
-
-
-def between(records, level, key, on):
-    """`key` where the loss `on` falls through `level`, on a line in ln(loss) between the two probes around it that have
-    measured it (every fifth); None if there are not two such probes."""
-    points = [(math.log(r[on] / level), r[key]) for r in records if r.get(key) is not None and (r.get(on) or 0) > 0]
-    for (x, u), (y, v) in zip(points, points[1:]):
-        if x >= 0 > y:
-            return u + (v - u) * x / (x - y)
-
-
-def print_linearity(summary, levels):
-    """Print the linearity measures at the paper's losses 1.0 and .5, where they were reached, and at the end."""
-    print("\nlinearity, on held-out images" + "".join(f"{key:>22}" for key in LINEARITY))
-    for alpha, part in summary["alphas"].items():
-        for level in [f"{level:g}" for level in (1.0, .5) if level in levels] + ["end"]:
-            if level in part["linearity"]:
-                row = part["linearity"][level]
-                print(f"  alpha = {alpha:<5} {'at loss ' + level if level != 'end' else 'at the end':<14}"
-                      + "".join(f"{cell(row[key]):>22}" for key in LINEARITY))
-
-
-def print_table(title, part, columns, levels):
-    """Print one table of `summarise`: a row a level, mean +- std (n); a dash where no run has the level."""
-    print(f"\n{title}")
-    print("  loss  " + "".join(f"{column:>25}" for column in columns))
-    for level in levels:
-        row = part["levels"].get(f"{level:g}", {})
-        if row:
-            print(f"{level:>6g}  " + "".join(f"{cell(row.get(column)):>25}" for column in columns))
-    if not part["levels"]:
-        print("     -  (no level is reached yet)")
-
-
-def cell(value):
-    """What `spread` returned, for a table: mean +- std (n), or mean [interval], or a dash."""
-    if not value:
-        return "-"
-    if "interval" in value:
-        return f"{value['mean']:.3f} [{value['interval'][0]:.3f}, {value['interval'][1]:.3f}]"
-    return f"{value['mean']:.3f}" + (f" +- {value['std']:.3f} (n={value['n']})" if value["n"] > 1 else "")
-
-
-# Colours that stay apart for colour-blind readers and in grey (Okabe and Ito), dark enough on white.
-COLOURS = ["#d55e00", "#0072b2", "#000000", "#009e73", "#cc79a7", "#56b4e9"]
-
-
-def band(ax, runs, x, y, **style):
-    """Draw y against x for runs (a list of record lists): the curve of one run, or mean and range over several on the
-    stretch of x that all of them cover. x and y: functions of a record."""
-    curves = []
-    for records in runs:
-        points = sorted((x(r), y(r)) for r in records if x(r) is not None and y(r) is not None)
-        if points:
-            curves.append(np.array(points).T)
-    if not curves:
-        return
-    if len(curves) == 1:
-        ax.plot(*curves[0], **style)
-        return
-    low, high = max(c[0, 0] for c in curves), min(c[0, -1] for c in curves)
-    if low < high:
-        grid = np.linspace(low, high, 200)
-        values = np.stack([np.interp(grid, *c) for c in curves])
-        ax.plot(grid, values.mean(0), **style)
-        ax.fill_between(grid, values.min(0), values.max(0), color=style.get("color"), alpha=.18, linewidth=0)
-
-
-def minus(a, b):
-    return None if a is None or b is None else a - b
-
-
-def alpha_label(alpha):
-    return r"$\alpha = \infty$" if alpha == math.inf else rf"$\alpha = {alpha:g}$"
-
-
-LINEARITY_STYLES = {"sign_similarity": "-", "repr_alignment": "--", "ntk_alignment": ":", "linearisation_error": "-."}
-
-
-def draw_linearity(ax, runs, x):
-    """The similarities to initialisation against x, a function of a record, and how far f^a is from linear."""
-    for colour, seeds in zip(itertools.cycle(COLOURS), runs.values()):
-        for key, style in LINEARITY_STYLES.items():
-            thin = dict(linewidth=1, alpha=.8) if key == "linearisation_error" else {}
-            band(ax, seeds.values(), x, lambda r: r.get(key), color=colour, linestyle=style, **thin)
-    ax.set(ylim=(0, None), ylabel="similarity to initialisation, error", title="Linearity")
-    names = "ReLU signs", "representation", "NTK", "linearisation error"
-    legend_below(ax, alpha_colours(runs), dict(zip(names, LINEARITY_STYLES.values())))
-
-
-def alpha_colours(runs):
-    """{label of an alpha: its colour}, for a legend."""
-    return dict(zip(map(alpha_label, runs), itertools.cycle(COLOURS)))
-
-
-def legend_below(ax, colours, styles):
-    """A legend under the axis labels, where it covers no curve: what each colour means, then each line style."""
-    from matplotlib.lines import Line2D
-    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    handles += [Line2D([], [], color="#777777", linestyle=style, label=name) for name, style in styles.items()]
-    ax.legend(handles=handles, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(.5, -.15))
-
-
-def save_figure(figure, folder, name):
-    """Write folder/name.png and .pdf, each whole or not at all, on white."""
-    for kind in ("png", "pdf"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150, facecolor="white",
-                       metadata={"CreationDate": None} if kind == "pdf" else None)
-        write_atomically(pathlib.Path(folder) / f"{name}.{kind}", buffer.getbuffer())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8  The command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def number(kind, least=None, above=None, most=None, below=None):
-    """An argparse type: an int or float within bounds, whose error says what was wanted."""
-    limits = ("at least", least), ("above", above), ("at most", most), ("below", below)
-    bounds = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
-    wanted = ("a whole number" if kind is int else "a number") + (" " + " and ".join(bounds) if bounds else "")
-
-    def parse(text):
+def write_atomically(path, data):
+    """Write bytes to a temporary file, flush it to the disk and rename it to `path`: whole, or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with naming_out(path):
         try:
-            value = kind(text)
-            good = (math.isfinite(value) and (least is None or value >= least) and (above is None or value > above)
-                    and (most is None or value <= most) and (below is None or value < below))
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
-            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        return value
-
-    return parse
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def alpha_type(text):
-    """An argparse type: alpha, as `center` takes it; at most six digits, since folders are named by them."""
+@contextlib.contextmanager
+def naming_out(path):
+    """Turn what a full disk or a read-only folder raises into one line that names --out."""
     try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not (1e-6 <= alpha <= 1e12 or alpha == math.inf) or float(f"{alpha:g}") != alpha:
-        raise argparse.ArgumentTypeError(f"must be above 0 (1e-6 to 1e12, at most six digits), or inf; not {text}")
-    return alpha
+        yield
+    except OSError as e:
+        raise OSError(f"{path} could not be written ({e.strerror or e}): make room, or choose another --out") from None
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError, so that a call from Python and the command line fail alike."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def parser(doc, name, **defaults):
-    """The flags that experiments share, with a script's own defaults; those given as None are left out."""
-    p = Parser(prog=f"{name}.py", description=doc, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole, positive = number(int, least=1), number(float, above=0)
-    flags = {
-        "alpha": dict(type=alpha_type, nargs="+", default=[1.0, 100.0],
-                      help="a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
-        "seeds": dict(type=number(int, least=0, below=2**31), nargs="+", default=[0], help="one run an alpha and seed"),
-        "dataset": dict(default="cifar10", help="a name, or the path of an .npz file (see README.md)"),
-        "data_dir": dict(default="data", help="where downloads go"),
-        "out": dict(default=f"runs/{name}", help="where records and figures go"),
-        "device": dict(default="auto", help="auto, cpu, cuda, cuda:1"),
-        "dtype": dict(choices=["float32", "float64"], default="float32", help="float64 for very large alpha"),
-        "lr": dict(type=positive, default=.01, help="learning rate, before the division by alpha^2"),
-        "momentum": dict(type=number(float, least=0, below=1), default=.9, help="of SGD"),
-        "batch_size": dict(type=whole, default=125, help="examples a step"),
-        "epochs": dict(type=whole, default=2500, help="at most so many passes over the training set"),
-        "stop_loss": dict(type=number(float, least=0), default=.01, help="stop once mean_train_loss is below"),
-        "width": dict(type=number(int, least=1, most=4096), default=64, help="channels of the network's first block"),
-        "subset": dict(type=whole, default=None, help="train on so many examples only, drawn with the seed"),
-        "probe_examples": dict(type=whole, default=100, help="held-out examples for the linearity measures"),
-        "levels": dict(type=positive, nargs="+", default=[], help="more training losses to compare at"),
-        "checkpoint_seconds": dict(type=number(float, least=0), default=60.0, help="time between checkpoints"),
-    }
-    for key, settings in flags.items():
-        if key not in defaults or defaults[key] is not None:
-            settings["default"] = defaults.get(key, settings["default"])
-            p.add_argument("--" + key.replace("_", "-"), **settings)
-    p.add_argument("--quick", action="store_true", help="a demonstration in under a minute; explicit options win")
-    p.add_argument("--draw-only", action="store_true", help="draw the records at hand, train nothing")
-    p.add_argument("--fresh", action="store_true", help="move runs that are there aside and start again")
-    return p
-
-
-def parse(p, quick, argv, options):
-    """Options from a command line (a list of words) and from keywords, in one way: what argparse makes of them.
-
-    quick: the preset behind --quick. Returns a namespace with device and dtype resolved. Raises ValueError.
-    """
-    words = [str(word) for word in argv or []]
-    for key, value in options.items():
-        flag = "--" + key.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif value is not False and value is not None:
-            many = isinstance(value, (list, tuple, range, np.ndarray))
-            words += [flag, *map(str, value)] if many else [f"{flag}={value}"]
-    if p.parse_args(words).quick:
-        p.set_defaults(**quick)
-    o = p.parse_args(words)
-    o.script = p.prog
-    o.alpha, o.seeds = sorted(set(o.alpha)), list(dict.fromkeys(getattr(o, "seeds", [0])))
-    if o.draw_only:
-        find_runs(o, {word.split("=")[0] for word in words})
-        return o
-    if o.device == "auto":
-        o.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        o.device = torch.device(o.device)
-        if o.device.type not in ("cpu", "cuda"):  # the measures need float64, which mps has not
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.zeros(1, device=o.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {o.device}: {first_line(e)}") from None
-    o.dtype = getattr(torch, o.dtype)
-    # True float32: cuDNN's default, TF32, keeps 10 bits of the mantissa, and alpha multiplies what it rounds off.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return o
-
-
-def find_runs(o, given):
-    """For --draw-only: where --alpha or --seeds were not `given`, all that the folder holds; where --levels were not,
-    those of the summary that is there. ValueError: there is no such folder."""
-    found = []
-    if not os.path.isdir(o.out):
-        raise ValueError(f"--draw-only: there is no folder {o.out} (--out)")
-    for path in sorted(pathlib.Path(o.out).glob("alpha=*/log.jsonl")):
-        a, _, seed = path.parent.name[len("alpha="):].partition("_seed=")
-        with contextlib.suppress(argparse.ArgumentTypeError):  # not a run's folder, or one moved aside
-            found.append((alpha_type(a), number(int, least=0)(seed or 0)))
-    if "--alpha" not in given and found:
-        o.alpha = sorted({a for a, _ in found})
-    if "--seeds" not in given and found:
-        o.seeds = sorted({seed for _, seed in found})
-    if "--levels" not in given:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            levels = json.loads((pathlib.Path(o.out) / "summary.json").read_text())["options"]["levels"]
-            o.levels = [float(level) for level in levels if 0 < level < math.inf]
-
-
-# What does not change what a run is: where things are, how long it goes on, what is drawn.
-NOT_IDENTITY = {"alpha", "seeds", "out", "dataset", "data_dir", "epochs", "stop_loss", "levels", "device", "quick",
-                "draw_only", "fresh", "checkpoint_seconds", "runs", "deciles", "animate"}
-
-
-def identity_of(o, alpha, seed, images, model):
-    """What defines a run: options, data and initialisation (the last two by checksum)."""
-    options = {k: str(v) if k == "dtype" else v for k, v in vars(o).items() if k not in NOT_IDENTITY}
-    data = crc32(*(images[k] for k in sorted(images) if isinstance(images[k], np.ndarray)))
-    return {"alpha": f"{alpha:g}", "seed": seed, **options, "classes": int(images["y_train"].max()) + 1,
-            "data_crc32": data, "theta0_crc32": crc32(*model.state_dict().values())}
-
-
-def my_share(o):
-    """This process's (alpha, seed) pairs: its share under torchrun, else all; every alpha of a seed, then the next."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return [(alpha, seed) for seed in o.seeds for alpha in o.alpha][rank::world]
-
-
-def folder_of(o, alpha, seed):
-    return pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
-
-
-def sweep(o, run, summarise, draw):
-    """Call run(alpha, seed) for this process's share of the sweep; then, unless other processes are still at it,
-    summarise(o, runs, classes) and draw(o, runs) from the records. Returns the summary.
-
-    Raises ValueError: records that cannot be read or drawn.
-    """
-    endings = {} if o.draw_only else {folder_of(o, *pair).name: run(*pair) for pair in my_share(o)}
-    with lock(pathlib.Path(o.out), wait=True):  # one process at a time: the last sees that all have ended
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not all(
-                (load_checkpoint(folder_of(o, alpha, seed)) or {}).get("ended") for alpha in o.alpha for seed in o.seeds
-                if not folder_of(o, alpha, seed).name in endings):
-            return {"diverged": [name for name, ended in endings.items() if ended == "diverged"]}
-        runs, what = read_runs(o)
-        o.dataset = what["dataset"]
-        try:
-            summary = summarise(o, runs, what.get("classes", 2))
-            summary = write_summary(o, runs, what, summary)
-            draw(o, runs)
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"{o.out}: the records are not of {o.script}, or damaged ({type(e).__name__}: {e})") from e
-    print(f"wrote {o.out}/summary.json and the pictures beside it")
-    return summary
-
-
-def write_summary(o, runs, what, summary):
-    """Write OUT/summary.json: the options, `what` the runs are, `summary`, and which runs diverged. Returns it all."""
-    options = {"alpha": [f"{alpha:g}" for alpha in runs], "levels": getattr(o, "levels", []),
-               "seeds": sorted({seed for seeds in runs.values() for seed in seeds}), **what}
-    diverged = [f"alpha={a:g}_seed={s}" for a in runs for s in runs[a] if runs[a][s][-1]["mean_train_loss"] is None]
-    whole = json_line({"options": options, **summary, "diverged": diverged})
-    write_atomically(pathlib.Path(o.out) / "summary.json", whole)
-    return json.loads(whole)
+def crc32(arrays):
+    """Checksum of arrays or tensors, to tell whether data or an initialisation is the same as before."""
+    value = 0
+    for array in arrays:
+        if isinstance(array, torch.Tensor):
+            array = array.detach().cpu().numpy()
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return value
 
 
 def first_line(e):
@@ -1559,22 +1121,617 @@ def first_line(e):
     return str(getattr(e, "reason", e)).strip().split("\n")[0] or type(e).__name__
 
 
-def command_line(main):
-    """Run main(argv) as a program: one line and exit code 2 for bad input, 130 for Ctrl-C, 1 if a run diverged."""
-    script = os.path.basename(sys.argv[0])
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Equal training loss, tables, drawing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def smooth(values):
+    """The centred average over five probes, (n,) -> (n - 2,): the window shrinks at the start, and the last two are not
+    read, so that a reading does not change when the run goes on."""
+    values = np.asarray(values, float)
+    averages = []
+    for k in range(len(values) - 2):
+        reach = min(k, 2)
+        averages.append(values[k - reach:k + reach + 1].mean())
+    return np.array(averages)
+
+
+def curve(records):
+    """A run's records as {key: array (n,)}, smoothed along the run; what every fifth probe measures is nan between.
+
+    The record at the end of the epochs is not on the schedule, and what follows a loss that is not finite means nothing:
+    both are left out."""
+    finite = []
+    for record in records:
+        if record["mean_train_loss"] is None:
+            break
+        if record.get("ended") != "epochs":
+            finite.append(record)
+    columns = {}
+    for key in records[0]:
+        if key not in LINEARITY and key != "ended":
+            columns[key] = smooth([r[key] if r[key] is not None else math.nan for r in finite])
+    for key in ("iteration", "epoch"):
+        columns[key] = np.array([r[key] for r in finite[:-2]], float)
+    for key in LINEARITY:
+        measured = [r.get(key) for r in finite[:-2]]
+        columns[key] = np.array([math.nan if value is None else value for value in measured])
+    return columns
+
+
+def value_at(level, loss, quantity):
+    """`quantity` where `loss` first passes `level`, on a line in ln(loss) between the two probes around it; None if it
+    does not pass. loss, quantity: arrays (n,), smoothed; nan in quantity: not measured, its neighbours are taken."""
+    passed = np.flatnonzero(loss <= level)
+    if len(passed) == 0:
+        return None
+    measured = np.flatnonzero(np.isfinite(quantity))
+    before, after = measured[measured < passed[0]], measured[measured >= passed[0]]
+    if len(before) == 0 or len(after) == 0:
+        return None
+    a, b = before[-1], after[0]
+    lowest = max(loss[passed[0]:b + 1].min(), 1e-300)  # loss[b] itself, unless b is further on
+    share = math.log(loss[a] / level) / math.log(loss[a] / lowest)
+    return float(quantity[a] + share * (quantity[b] - quantity[a]))
+
+
+def value_at_accuracy(level, accuracy, quantity):
+    """`quantity` at the first upward passage of `accuracy` through `level` after its lowest value, on a line between
+    the two probes around it; None if there is none. Arrays (n,), smoothed."""
+    if len(accuracy) == 0:
+        return None
+    lowest = int(np.argmin(accuracy))
+    passed = np.flatnonzero(accuracy[lowest:] >= level)
+    if len(passed) == 0 or passed[0] == 0:
+        return None
+    b = lowest + passed[0]
+    share = (level - accuracy[b - 1]) / (accuracy[b] - accuracy[b - 1])
+    return float(quantity[b - 1] + share * (quantity[b] - quantity[b - 1]))
+
+
+def spread(values, interval=False):
+    """{"mean", "std", "n"} of the values that are not None; with interval=True also "interval" (95 %, Student's t)
+    from three on. None if there is no value."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return None
+    n, mean, std = len(values), float(np.mean(values)), None
+    if n > 1:
+        std = float(np.std(values, ddof=1))
+    result = {"mean": mean, "std": std, "n": n}
+    if interval and n > 2:
+        half = student_t(n - 1) * std / math.sqrt(n)
+        result["interval"] = [mean - half, mean + half]
+    return result
+
+
+def student_t(freedom):
+    """The .975 quantile of Student's t, from a table; beyond it 1.96 + 2.4 / freedom, right to .003."""
+    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+             2.120, 2.110, 2.101, 2.093, 2.086]
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
+
+
+def loss_levels(runs, more=()):
+    """.9, .8, ... .1 times L0, the paper's 1.0 and .5, and more, as far as they lie below L0; highest first. L0 is the
+    mean training loss at the start, as the first record at the smallest alpha has it: ln C for cross-entropy."""
+    smallest = runs[min(runs)]
+    start = float(f"{smallest[min(smallest)][0]['mean_train_loss']:.3g}")
+    levels = {1.0, .5, *more}
+    for k in range(1, 10):
+        levels.add(k / 10 * start)
+    return sorted({float(f"{level:.3g}") for level in levels if level < start}, reverse=True)
+
+
+def summarise(runs, quantities, levels, on="mean_train_loss"):
+    """What quantities(curve) -> {name: array} are where the loss `on` passes each level: per alpha over seeds, and,
+    since a seed fixes everything but alpha, paired by seed between alphas.
+
+    Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}, "linearity": {...}}}, "paired":
+    {"1 - 100": {"levels": {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
+    """
+    curves = {}
+    for alpha, seed in pairs_of(runs):
+        curves[alpha, seed] = curve(runs[alpha][seed])
+    read = {}  # (alpha, seed, level) -> {name: number or None}
+    for (alpha, seed), columns in curves.items():
+        wanted = {**quantities(columns), **{key: columns[key] for key in LINEARITY}}
+        for level in levels:
+            read[alpha, seed, level] = {name: value_at(level, columns[on], q) for name, q in wanted.items()}
+    names = list(quantities(next(iter(curves.values()))))
+    summary = {"alphas": {}, "paired": {}}
+    for alpha, seeds in runs.items():
+        part = summary["alphas"][f"{alpha:g}"] = {"levels": {}, "linearity": {}}
+        for level in levels:
+            cells = [read[alpha, seed, level] for seed in seeds]
+            fill(part["levels"], level, {name: spread([c[name] for c in cells]) for name in names})
+            fill(part["linearity"], level, {key: spread([c[key] for c in cells]) for key in LINEARITY})
+        last = [records[-1] for records in seeds.values()]
+        fill(part["linearity"], "end", {key: spread([r.get(key) for r in last]) for key in LINEARITY})
+    for a, b in itertools.combinations(runs, 2):
+        part = summary["paired"][f"{a:g} - {b:g}"] = {"levels": {}}
+        both = [seed for seed in runs[a] if seed in runs[b]]
+        for level in levels:
+            row = {}
+            for name in names:
+                differences = [minus(read[a, s, level][name], read[b, s, level][name]) for s in both]
+                row[name] = spread(differences, interval=True)
+            fill(part["levels"], level, row)
+    return summary
+
+
+LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "target_alignment",
+             "linearisation_error", "update_noise")
+
+
+def fill(rows, level, row):
+    """Put the cells of a row that have a value into a table under its level."""
+    row = {name: cell for name, cell in row.items() if cell}
+    if row:
+        rows[level if level == "end" else f"{level:.3g}"] = row
+
+
+def pairs_of(runs):
+    return [(alpha, seed) for alpha, seeds in runs.items() for seed in seeds]
+
+
+def minus(a, b):
+    return None if a is None or b is None else a - b
+
+
+def lowest_common_level(runs, summary, name):
+    """The lowest level at which every run has a value of `name`, as text; None if there is none."""
+    found = None
+    first = summary["alphas"][f"{min(runs):g}"]["levels"]
+    for level in first:  # highest first
+        counts = [summary["alphas"][f"{a:g}"]["levels"].get(level, {}).get(name) for a in runs]
+        if all(cell and cell["n"] == len(seeds) for cell, seeds in zip(counts, runs.values())):
+            found = level
+    return found
+
+
+def sentence(runs, summary, name, opening, larger, smaller):
+    """The conclusion: `name` at the smallest and the largest alpha, at the lowest level that every run has, and what
+    their paired difference says: `larger` where its interval lies above 0, `smaller` where below."""
+    a, b = f"{min(runs):g}", f"{max(runs):g}"
+    level = lowest_common_level(runs, summary, name)
+    if a == b:
+        return "One alpha is no comparison: --alpha 1 100 makes one."
+    if level is None:
+        return "No loss level was passed by every run yet: nothing is concluded."
+    rich, lazy = (summary["alphas"][alpha]["levels"][level][name]["mean"] for alpha in (a, b))
+    difference = summary["paired"][f"{a} - {b}"]["levels"].get(level, {}).get(name)
+    text = f"{opening.format(level=level)} {rich:.2f} at alpha = {a} and {lazy:.2f} at alpha = {b}"
+    if difference is None:
+        return f"{text}; no seed has both."
+    if "interval" not in difference:
+        return f"{text}, paired difference {difference['mean']:.2f}: an interval takes three seeds, so nothing is concluded."
+    low, high = difference["interval"]
+    verdict = "these runs do not show a difference"
+    if low > 0:
+        verdict = larger
+    if high < 0:
+        verdict = smaller
+    return f"{text}, paired difference {difference['mean']:.2f} [{low:.2f}, {high:.2f}] ({difference['n']} seeds): {verdict}."
+
+
+def print_table(title, rows, columns):
+    """Print rows {label: {column: what spread returned}} under a title: mean +- std (n), or mean [interval] (n)."""
+    print(f"\n{title}")
+    if not rows:
+        print("  no level is reached yet")
+        return
+    print(" " * 12 + "".join(f"{column:>27}" for column in columns))
+    for label, row in rows.items():
+        print(f"{label:>12}" + "".join(f"{cell(row.get(column)):>27}" for column in columns))
+
+
+def print_claim(title, summary, name):
+    """One table for one claim: `name` at each level, a column for each alpha, then each alpha minus the largest."""
+    rows, columns = {}, []
+    largest = list(summary["alphas"])[-1]
+    for alpha, part in summary["alphas"].items():
+        columns.append(f"alpha = {alpha}")
+        for level, row in part["levels"].items():
+            rows.setdefault(level, {})[columns[-1]] = row.get(name)
+    for alpha in list(summary["alphas"])[:-1]:
+        columns.append(f"{alpha} - {largest}, paired")
+        for level, row in summary["paired"][f"{alpha} - {largest}"]["levels"].items():
+            rows[level][columns[-1]] = row.get(name)
+    print_table(title, dict(sorted(rows.items(), key=lambda row: -float(row[0]))), columns)
+
+
+def print_linearity(summary):
+    """The linearity measures at the paper's losses 1.0 and .5, where they were reached, and at the end."""
+    rows = {}
+    for alpha, part in summary["alphas"].items():
+        for level in ("1", "0.5", "end"):
+            if level in part["linearity"]:
+                rows[f"{alpha} at {level}"] = part["linearity"][level]
+    print_table("Linearity on held-out images, alpha at a mean training loss", rows,
+                ["sign_similarity", "repr_alignment", "ntk_alignment", "linearisation_error"])
+
+
+def cell(value):
+    """What `spread` returned, for a table: mean +- std (n), mean [interval] (n), or a dash."""
+    if not value:
+        return "-"
+    if "interval" in value:
+        low, high = value["interval"]
+        return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}] ({value['n']})"
+    if value["std"] is None:
+        return f"{value['mean']:.3f} (1)"
+    return f"{value['mean']:.3f} +- {value['std']:.3f} ({value['n']})"
+
+
+def colour(alpha):
+    """A colour belongs to an alpha, the same in every figure: warm is rich, cold is lazy, black is linear. Apart for
+    colour-blind readers, too (Okabe and Ito)."""
+    from matplotlib import colormaps
+    known = {.5: "#e69f00", 1: "#d55e00", 10: "#cc79a7", 100: "#0072b2", 1000: "#56b4e9", math.inf: "#000000"}
+    return known[alpha] if alpha in known else colormaps["viridis"](min(max((math.log10(alpha) + 2) / 6, 0), .9))
+
+
+def alpha_label(alpha):
+    return r"$\alpha = \infty$" if alpha == math.inf else rf"$\alpha = {alpha:g}$"
+
+
+def draw_band(ax, seeds, x, y, read=value_at, **style):
+    """Draw the smoothed y against the smoothed x for the runs {seed: records} of one alpha: one run as its curve, its
+    single probes faint behind it; several as mean and range, read at equal x as the tables are."""
+    curves = [curve(records) for records in seeds.values()]
+    curves = [c for c in curves if len(c[x]) > 1]
+    if len(curves) == 1:
+        measured = np.isfinite(curves[0][y])
+        ax.plot(curves[0][x][measured], curves[0][y][measured], **style)
+        points = [(r[x], r[y]) for r in next(iter(seeds.values())) if r.get(y) is not None and r[x] is not None]
+        if y not in LINEARITY:
+            ax.plot(*np.array(points).T, ".", color=style["color"], markersize=2, alpha=.3)
+    if len(curves) < 2:
+        return
+    low, high = max(c[x].min() for c in curves), min(c[x].max() for c in curves)
+    middle, mean, least, most = [], [], [], []
+    for level in np.linspace(low, high, 120)[1:-1]:
+        values = [read(level, c[x], c[y]) for c in curves]
+        if None not in values:
+            middle.append(level), mean.append(np.mean(values)), least.append(min(values)), most.append(max(values))
+    ax.plot(middle, mean, **style)
+    ax.fill_between(middle, least, most, color=style["color"], alpha=.18, linewidth=0)
+
+
+def at_iteration(iteration, iterations, quantity):
+    """A reading for draw_band: y against iterations, on a line between two probes."""
+    return float(np.interp(iteration, iterations, quantity))
+
+
+def draw_linearity(similarity, error, runs, x, read=value_at):
+    """Two panels against x: the similarities to initialisation on [0, 1], and how far f^a is from its linearisation."""
+    styles = {"sign_similarity": "-", "repr_alignment": "--", "ntk_alignment": ":"}
+    for alpha, seeds in runs.items():
+        for key, style in styles.items():
+            draw_band(similarity, seeds, x, key, read, color=colour(alpha), linestyle=style)
+        draw_band(error, seeds, x, "linearisation_error", read, color=colour(alpha))
+    similarity.set(ylim=(0, 1.03), title="Similarity to initialisation")
+    error.set(ylim=(0, None), title="Distance from its own linearisation")
+    names = {"ReLU signs": "-", "representation": "--", "NTK": ":"}
+    legend_below(similarity, runs, names)
+    legend_below(error, runs, {})
+
+
+def legend_below(ax, alphas, styles):
+    """A legend under the axis labels, where it covers no curve: the colour of each alpha, then each line style."""
+    from matplotlib.lines import Line2D
+    handles = [Line2D([], [], color=colour(alpha), label=alpha_label(alpha)) for alpha in alphas]
+    handles += [Line2D([], [], color="#777777", linestyle=style, label=name) for name, style in styles.items()]
+    ax.legend(handles=handles, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(.5, -.16))
+
+
+def save_figure(figure, folder, name):
+    """Write folder/name.png and .pdf, each whole or not at all, on white."""
+    for kind in ("png", "pdf"):
+        buffer = io.BytesIO()
+        metadata = {"CreationDate": None} if kind == "pdf" else None
+        figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata=metadata)
+        write_atomically(pathlib.Path(folder) / f"{name}.{kind}", buffer.getbuffer())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name: (group, default, bounds, help). Its type follows from the default; a type in its place means: none by default.
+# The options of the groups "training" and "looking" are part of what a run is.
+SHARED = {
+    "alpha": ("what to run", [1.0, 100.0], "above 0, at most inf", "a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
+    "seeds": ("what to run", [0], "at least 0, below 2147483648", "one run an alpha and seed"),
+    "dataset": ("what to run", "cifar10", None, "cifar10, synthetic, or a file FILE.npz (see README.md)"),
+    "epochs": ("what to run", 2500, "at least 1", "at most so many passes over the training set"),
+    "stop_loss": ("what to run", .01, "at least 0", "end a run whose mean training loss, over five probes, is below"),
+    "device": ("what to run", "auto", None, "auto, cpu, cuda, cuda:1"),
+    "jobs": ("what to run", 1, "at least 0", "runs side by side; 0, the command line's default: one a core, on a GPU 1"),
+    "quick": ("what to run", False, None, "a demonstration in under a minute; explicit options win"),
+    "draw_only": ("what to run", False, None, "conclude from the records at hand and draw them; train nothing"),
+    "lr": ("training", .01, "above 0", "learning rate, before the division by alpha^2"),
+    "momentum": ("training", .9, "at least 0, below 1", "of SGD"),
+    "batch_size": ("training", 125, "at least 1", "examples a step"),
+    "width": ("training", 64, "at least 1, at most 4096", "channels of the network's first block"),
+    "subset": ("training", int, "at least 1", "train on so many examples only, drawn with the seed"),
+    "dtype": ("training", "float32", ["float32", "float64"], "float64 for very large alpha"),
+    "group_size": ("looking", 1000, "at least 1", "examples of a group that a probe evaluates"),
+    "probe_examples": ("looking", 100, "at least 1", "held-out examples for the linearity measures"),
+    "levels": ("reading", [], "above 0", "more training losses to compare at"),
+    "data_dir": ("folders", "data", None, "where downloads go"),
+    "out": ("folders", "runs/SCRIPT", None, "where records and figures go"),
+    "checkpoint_seconds": ("folders", 60.0, "at least 0", "time between checkpoints"),
+}
+
+
+def merged(table):
+    """The shared options with a script's own; those that it names None are left out."""
+    return {name: row for name, row in {**SHARED, **table}.items() if row is not None}
+
+
+def options(script, table, quick, given, file):
+    """One call's options as a namespace: defaults, then --quick's preset, then what is given (words or Python values).
+
+    script: its name; file: its path; table: its own options; quick: the preset. Raises ValueError, one line, for
+    whatever is wrong with them.
+    """
+    table = merged(table)
+    for name in given:
+        if name not in table:
+            raise ValueError(f"there is no option {name}: {near(name, table)}")
+    chosen = {name: default for name, (_, default, _, _) in table.items()}
+    chosen["out"] = f"runs/{script}"
+    if given.get("quick"):
+        chosen.update(quick, out=f"runs/{script}_quick")
+    chosen.update({name: value for name, value in given.items() if value is not None})
+    o = types.SimpleNamespace(script=script, script_crc32=zlib.crc32(pathlib.Path(file).read_bytes()))
+    for name, (_, default, bounds, _) in table.items():
+        setattr(o, name, checked(name, chosen[name], default, bounds))
+    o.part_of_run = [name for name in table if table[name][0] in ("training", "looking")]
+    o.alpha = sorted(o.alpha)
+    for alpha in o.alpha:
+        if float(f"{alpha:g}") != alpha:
+            raise ValueError(f"--alpha {alpha}: at most six digits, since folders are named by it")
+    o.device, o.dtype = device_named(o.device), getattr(torch, o.dtype)
+    # True float32: cuDNN's default, TF32, keeps 10 bits of the mantissa, and alpha multiplies what it rounds off.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return o
+
+
+def checked(name, value, default, bounds):
+    """The value of an option, a word or a Python value, as the type of its default; ValueError if it is none."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(default, list):
+        kind = default[0] if default else 1.0
+        several = value if isinstance(value, (list, tuple, range, np.ndarray)) else [value]
+        return list(dict.fromkeys(checked(name, one, kind, bounds) for one in several))
+    if value is default and isinstance(default, type):
+        return None
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{flag} is True or False, not {value}")
+        return value
+    if isinstance(default, str):
+        if bounds and str(value) not in bounds:
+            raise ValueError(f"{flag} {value}: {near(value, bounds)}")
+        return str(value)
+    kind = default if isinstance(default, type) else type(default)
+    try:
+        number = kind(str(value))  # by way of text: False is not 0, and 2.5 is no whole number
+        good = within(number, bounds)
+    except ValueError:
+        good = False
+    if not good:
+        what = "a whole number" if kind is int else "a number"
+        hint = " (separate several by spaces)" if "," in str(value) else ""
+        raise ValueError(f"{flag} must be {what} {bounds.replace(', ', ' and ')}, not {value}{hint}")
+    return number
+
+
+def within(number, bounds):
+    """Whether a number keeps to bounds such as "above 0, at most 1"; infinite only where they name inf."""
+    keeps = {"at least": number.__ge__, "above": number.__gt__, "at most": number.__le__, "below": number.__lt__}
+    for bound in bounds.split(", "):
+        word, limit = bound.rsplit(" ", 1)
+        if not keeps[word](type(number)(limit)):
+            return False
+    return math.isfinite(number) or "inf" in bounds
+
+
+def near(word, names):
+    """What to say of a word that is none of `names`: the nearest of them, or all."""
+    close = difflib.get_close_matches(str(word), list(names), 1)
+    return f"did you mean {close[0]}?" if close else "choose one of " + ", ".join(names)
+
+
+def device_named(name):
+    """auto, cpu, cuda or cuda:N as a torch.device; under torchrun auto is LOCAL_RANK's. Does not start CUDA."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if kind == "gpu":
+        raise ValueError(f"--device {name}: did you mean cuda?")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):  # the measures need float64, which mps has not
+        raise ValueError(f"--device {name}: {near(name, ['auto', 'cpu', 'cuda', 'cuda:1'])}")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ValueError(f"--device {name}: torch sees {count} CUDA devices here; --device cpu works everywhere")
+    return torch.device(name)
+
+
+def sweep(o, load, run, conclude, draw):
+    """Train what --out does not hold yet, run(alpha, seed, load(o), o) for each pair; then conclude(o, runs) and
+    draw(o, runs) from every run that is there. Returns the summary. Under torchrun each process takes its share of the
+    pairs, and whoever finds every run ended concludes."""
+    pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
+    if not o.draw_only:
+        images = load(o)
+        check_folder(o, images)
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        share = unfinished(o, pairs[rank::world])
+        if not pairs[rank::world]:
+            print(f"rank {rank} of {world}: there is no run for this process")
+        work = functools.partial(run_in_child, load, run, o)
+        if jobs_of(o, share) == 1:
+            work = functools.partial(run_here, run, images, o)
+        progress = Progress("sweep", o.epochs * len(share))
+        for _ in side_by_side(o, work, share, lambda: watch(o, share, progress)):
+            pass
+        if unfinished(o, pairs):
+            return {}  # another process is at work on them, and will conclude
+    runs = read_runs(o.out)
+    there = read_args(next(pathlib.Path(o.out).glob("alpha=*_seed=*")))
+    if there.get("script") != o.script:
+        raise ValueError(f"{o.out} holds runs of {there.get('script')}.py: choose another --out")
+    o.dataset = there.get("dataset")
+    summary = conclude(o, runs)
+    summary["diverged"] = [f"alpha={a:g}_seed={s}" for a, s in pairs_of(runs) if runs[a][s][-1].get("ended") == "diverged"]
+    summary["options"] = {"script": o.script, "dataset": o.dataset, "levels": o.levels}
+    write_atomically(pathlib.Path(o.out) / "summary.json", json_line(summary))
+    draw(o, runs)
+    print(f"\nwrote {o.out}/summary.json and the pictures beside it\n\n{summary['conclusion']}")
+    return json.loads(json_line(summary))
+
+
+def log_of(o, alpha, seed):
+    return read_log(pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}" / "log.jsonl")
+
+
+def unfinished(o, pairs):
+    """The (alpha, seed) pairs that these options leave something to train of."""
+    return [pair for pair in pairs if not finished(log_of(o, *pair), o)]
+
+
+def run_here(run, images, o, alpha, seed):
+    with torch.inference_mode(False), torch.enable_grad():
+        run(alpha, seed, images, o)
+
+
+def run_in_child(load, run, o, alpha, seed):
+    if "images" not in loaded:
+        loaded["images"] = load(o)
+    run(alpha, seed, loaded["images"], o)
+
+
+loaded = {}  # in a child of --jobs: its own data, for all its runs
+
+
+def watch(o, share, progress):
+    """One status line for runs side by side, read off their records."""
+    last = [(log_of(o, *pair) or [None])[-1] for pair in share]
+    last = [record for record in last if record]
+    if last and progress.terminal:
+        done = sum(o.epochs if "ended" in record else record["epoch"] for record in last)
+        ended = sum("ended" in record for record in last)
+        losses = ", ".join(f"{record['mean_train_loss'] or math.nan:.3f}" for record in last if "ended" not in record)
+        progress.status(done, f"{ended} of {len(share)} runs ended, losses {losses}")
+
+
+def jobs_of(o, tasks):
+    """How many processes: --jobs, or for 0 as many as there are cores and tasks; on a GPU 1."""
+    jobs = o.jobs or (1 if o.device.type == "cuda" else cores())
+    return max(1, min(jobs, len(tasks)))
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def side_by_side(o, work, tasks, look):
+    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process); look() meanwhile, once a
+    second. The first exception, or Ctrl-C, ends all; a child ends with its parent."""
+    jobs = jobs_of(o, tasks)
+    threads = 1 if o.quick or o.script == "toy" else max(1, cores() // jobs)
+    if jobs == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(min(before, threads))
+        try:
+            for task in tasks:
+                yield work(*task)
+        finally:
+            torch.set_num_threads(before)
+        return
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_child, (threads,))
+    try:
+        waiting = {pool.submit(work, *task) for task in tasks}
+        while waiting:
+            ended, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
+            for future in ended:
+                yield future.result()
+            look()
+    except concurrent.futures.BrokenExecutor:
+        raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the line "
+                      "if __name__ == '__main__'); the same command goes on, fewer --jobs need less memory") from None
+    finally:
+        if waiting:
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def start_child(threads):
+    """In a child of --jobs: its threads; its end when the parent's comes; Ctrl-C is the parent's business."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Progress.quiet = True
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse_words(script, table, quick, doc, words=None):
+    """A command line as the keywords of main(**options). Raises ValueError."""
+    parser = Parser(prog=f"{script}.py", description=doc.split("\n")[0], epilog=doc.partition("\n")[2].strip("\n"),
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    groups = {}
+    for name, (group, default, bounds, text) in merged(table).items():
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        flag, settings = "--" + name.replace("_", "-"), {"metavar": name.upper()[:8]}
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).replace("SCRIPT", script)
+        if name in quick:
+            preset = quick[name]
+            shown += "; --quick: " + (" ".join(map(str, preset)) if isinstance(preset, list) else str(preset))
+        if isinstance(default, bool):
+            settings, shown = {"action": "store_true", "default": None}, ""
+        elif isinstance(default, list):
+            settings["nargs"] = "+"
+        elif isinstance(default, type):
+            shown = ""
+        groups[group].add_argument(flag, **settings, help=text + (f" ({shown})" if shown else ""))
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in merged(table)]
+        raise ValueError(f"{unknown[0]}: {near(unknown[0], flags)}")
+    return {name: value for name, value in vars(given).items() if value is not None}
+
+
+def command_line(script, main, table, quick, doc):
+    """Run main(**options) as a program: one line and exit code 2 for bad input, 130 for Ctrl-C, 1 if a run diverged."""
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")  # torch's own, on its first jvp
     try:
-        summary = main(sys.argv[1:])
+        summary = main(**{"jobs": 0, **parse_words(script, table, quick, doc)})
         sys.exit(1 if summary.get("diverged") else 0)
     except KeyboardInterrupt:
-        same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
-        print(f"\n{script}: stopped; {same} goes on from here", file=sys.stderr)
+        print(f"\n{script}.py: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as e:
-        print(f"{script}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"{script}.py: error: {' '.join(str(e).split())}", file=sys.stderr)
     except RuntimeError as e:
         if "memory" not in str(e):  # torch's own class on a GPU, a plain RuntimeError on a CPU
             raise
-        print(f"{script}: out of memory: {first_line(e)[:200]} Try a smaller --subset, --probe-examples, --width or "
+        print(f"{script}.py: out of memory: {first_line(e)[:200]} Try a smaller --subset, --probe-examples, --width or "
               "--batch-size", file=sys.stderr)
     sys.exit(2)

@@ -7,59 +7,42 @@
 The claim: at an equal mean training loss, the rich network (alpha = 1) is further ahead on easy examples and further
 behind on hard ones than the lazy network (alpha = 100).
 
---quick takes 40 seconds on two CPU cores; the paper's figure 33 seconds an epoch (2026-11-24; not timed on a GPU).
---quick prints, among other tables, the gap in loss between decile 1 and 10,
-
-    alpha = 1 - 100, paired by seed (95 % interval from three seeds on)
-      loss                        gap                 decile_1                decile_10                 test_gap
-       1.6       0.086 [0.059, 0.113]     0.064 [0.017, 0.110]   -0.022 [-0.058, 0.013]    0.074 [-0.151, 0.299]
-       1.5       0.187 [0.112, 0.262]     0.138 [0.043, 0.233]  -0.049 [-0.075, -0.024]    0.155 [-0.012, 0.321]
-
 The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well networks trained without it predict its
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
 """
-import itertools
 import os
 import pathlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import common
 
+OPTIONS = {"deciles": ("reading", [1, 3, 8, 10], "at least 1, at most 10", "which deciles to draw; 1 = hardest")}
 QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=26, width=16, lr=.0005, batch_size=25, probe_examples=25,
              stop_loss=1.25, levels=[1.7, 1.6, 1.5, 1.4, 1.3])
 SCORES = "cifar10-cscores-orig-order.npz"
 SCORE_URLS = ["https://pluskid.github.io/structural-regularity/cscores/" + SCORES,
               "https://raw.githubusercontent.com/pluskid/structural-regularity/HEAD/docs/cscores/" + SCORES]
+loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands here is trained on, probed and compared
 
 
-def make_parser():
-    p = common.parser(__doc__, "cscore", levels=[1.6, 1.2])
-    p.add_argument("--deciles", type=common.number(int, least=1, most=10), nargs="+", default=[1, 3, 8, 10],
-                   help="which deciles to draw; 1 = hardest")
-    return p
+# The data: images, and a score of each.
 
 
-# --- the scores ---
-
-
-def check_scores(path, labels):
-    """The C-scores in an .npz with arrays `scores` and `labels`, one for each of `labels` (N,), in their order.
-
-    Raises ValueError: damaged file, wrong number, scores that are not finite, or labels in another order: some loaders
-    order CIFAR-10 differently, and every score would belong to another image."""
-    arrays = common.read_npz(path)
-    scores, theirs = arrays.get("scores"), arrays.get("labels")
-    if scores is None or theirs is None or scores.shape != labels.shape or theirs.shape != labels.shape:
-        raise ValueError(f"{path}: need arrays scores and labels, each ({len(labels)},)")
-    if scores.dtype.kind != "f" or not np.isfinite(scores).all():
-        raise ValueError(f"{path}: scores must be finite numbers")
-    if not np.array_equal(theirs, labels):
-        raise ValueError(f"{path}: {(theirs != labels).sum()} of {len(labels)} labels differ from CIFAR-10's original "
-                         "order: these scores are for another ordering of the images")
-    return scores.astype(np.float64)
+def load(o):
+    images = common.load_images(o.dataset, o.data_dir)
+    if o.dataset == "cifar10":
+        scores = fetch_scores(o.data_dir, np.concatenate([images["y_train"], images["y_test"]]))
+        images["score_train"], images["score_test"] = np.split(scores, [len(images["y_train"])])
+    for name in ("score_train", "score_test"):
+        if name not in images:
+            raise ValueError(f"{o.dataset}: has no {name}; cscore.py needs a difficulty score for each image (higher = "
+                             "easier)")
+    return images
 
 
 def fetch_scores(data_dir, labels, urls=SCORE_URLS):
@@ -84,16 +67,21 @@ def fetch_scores(data_dir, labels, urls=SCORE_URLS):
                   f"{os.path.abspath(data_dir)} by hand, or try --dataset synthetic")
 
 
-def load(o):
-    images = common.load_images(o.dataset, o.data_dir)
-    if o.dataset == "cifar10":
-        scores = fetch_scores(o.data_dir, np.concatenate([images["y_train"], images["y_test"]]))
-        images["score_train"], images["score_test"] = np.split(scores, [len(images["y_train"])])
-    missing = [name for name in ("score_train", "score_test") if name not in images]
-    if missing:
-        raise ValueError(f"{o.dataset}: has no {' and no '.join(missing)}; cscore.py needs a difficulty score for each "
-                         "image (higher = easier)")
-    return images
+def check_scores(path, labels):
+    """The C-scores in an .npz with arrays `scores` and `labels`, one for each of `labels` (N,), in their order.
+
+    Raises ValueError: damaged file, wrong number, scores that are not finite, or labels in another order: some loaders
+    order CIFAR-10 differently, and every score would belong to another image."""
+    arrays = common.read_npz(path)
+    scores, theirs = arrays.get("scores"), arrays.get("labels")
+    if scores is None or theirs is None or scores.shape != labels.shape or theirs.shape != labels.shape:
+        raise ValueError(f"{path}: need arrays scores and labels, each ({len(labels)},)")
+    if scores.dtype.kind != "f" or not np.isfinite(scores).all():
+        raise ValueError(f"{path}: scores must be finite numbers")
+    if not np.array_equal(theirs, labels):
+        raise ValueError(f"{path}: {(theirs != labels).sum()} of {len(labels)} labels differ from CIFAR-10's original "
+                         "order: these scores are for another ordering of the images")
+    return scores.astype(np.float64)
 
 
 def deciles(score):
@@ -103,126 +91,141 @@ def deciles(score):
     return np.array_split(np.argsort(score, kind="stable"), 10)
 
 
-# --- one run ---
+# One run.
 
 
 def run(alpha, seed, images, o):
     """Train f^alpha from one seed; its records go to OUT/alpha=ALPHA_seed=SEED/log.jsonl."""
-    x, y, score = common.draw_training_set(images, seed, o)
+    # The data, and the groups that are watched: the same for every alpha.
+    keep = common.training_indices(images, seed, o)
     classes = int(images["y_train"].max()) + 1
-    statistics = images["mean"], images["std"]
-    train = common.Examples(x, y, *statistics, o)
-    test = common.Examples(images["x_test"], images["y_test"], *statistics, o)
-    groups = {}
-    for prefix, examples, s in (("decile", train, score), ("test_decile", test, images["score_test"])):
-        for d, members in enumerate(deciles(s), 1):
-            index = torch.as_tensor(common.some(members, 1000, seed), device=o.device)
-            groups[f"{prefix}_{d}"] = examples, index, len(members) / len(s)
+    x, y = common.on_device(images["x_train"][keep], o), torch.as_tensor(images["y_train"][keep], device=o.device)
+    watched, watched_test = [], []  # indices of each decile's examples that are watched, up to --group-size
+    for members in deciles(images["score_train"][keep]):
+        watched.append(torch.as_tensor(common.draw_some(members, o.group_size, seed), device=o.device))
+    for members in deciles(images["score_test"]):
+        watched_test.append(torch.as_tensor(common.draw_some(members, o.group_size, seed), device=o.device))
+    x_test, y_test = common.on_device(images["x_test"], o), torch.as_tensor(images["y_test"], device=o.device)
 
+    # f^alpha(x) = alpha (f_theta(x) - f_theta0(x)), trained at lr / alpha^2.
     with common.seeded("init", seed):
-        model = common.resnet18(classes, in_channels=train.x.shape[1], width=o.width)
-    model = model.to(o.device, o.dtype)
-    identity = common.identity_of(o, alpha, seed, images, model)
-    with common.run_folder(o, common.folder_of(o, alpha, seed), identity) as folder:
-        centered = common.center(model, alpha)
-        test.cache_f0(centered)
+        network = common.resnet18(classes, in_channels=x.shape[1], width=o.width)
+    network = nn.Sequential(common.Standardise(images["mean"], images["std"]), network).to(o.device, o.dtype)
+    f = common.center(network, alpha)
+    optimizer = common.scaled_sgd(f, o.lr, o.momentum)
+    f0, f0_test = common.outputs(f.model0, x), common.outputs(f.model0, x_test)  # never change: computed once
 
-        def evaluate():
-            entry = {"mean_train_loss": 0.0, "mean_train_acc": 0.0, "test_loss": 0.0, "test_acc": 0.0}
-            for name, (examples, index, share) in groups.items():
-                loss, acc = common.measure(examples.predict(centered, index), examples.y[index])
-                entry[f"{name}_loss"], entry[f"{name}_acc"] = loss, acc
-                split = "test" if examples is test else "mean_train"
-                entry[f"{split}_loss"] += share * loss
-                entry[f"{split}_acc"] += share * acc
-            return entry
+    def step(i):
+        loss = loss_of(f(x[i], f0[i]), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-        probe_x = test.pixels(test.index()[:o.probe_examples])
-        return common.train(folder, centered, train, probe_x, evaluate, o, seed, classes)
+    def probe():
+        record = {}
+        for d in range(10):
+            i, j = watched[d], watched_test[d]
+            f_train, f_test = common.outputs(f, x[i], f0[i]), common.outputs(f, x_test[j], f0_test[j])
+            record[f"decile_{d + 1}_loss"] = loss_of(f_train, y[i]).item()
+            record[f"decile_{d + 1}_acc"] = accuracy(f_train, y[i])
+            record[f"test_decile_{d + 1}_loss"] = loss_of(f_test, y_test[j]).item()
+            record[f"test_decile_{d + 1}_acc"] = accuracy(f_test, y_test[j])
+        for what in ("loss", "acc"):  # each decile is a tenth of its set
+            record[f"mean_train_{what}"] = sum(record[f"decile_{d}_{what}"] for d in range(1, 11)) / 10
+            record[f"test_{what}"] = sum(record[f"test_decile_{d}_{what}"] for d in range(1, 11)) / 10
+        return record
 
-
-# --- what came out ---
-
-
-COLUMNS = {"gap": lambda r: common.minus(r["decile_1_loss"], r["decile_10_loss"]),
-           **{f"decile_{d}": (lambda r, d=d: r[f"decile_{d}_loss"]) for d in (1, 3, 8, 10)},
-           "test_gap": lambda r: common.minus(r["test_decile_1_loss"], r["test_decile_10_loss"]),
-           "test_loss": lambda r: r["test_loss"], "test_acc": lambda r: r["test_acc"]}
-
-
-def half_way(records, key):
-    """The mean training loss at which a decile's loss first fell to half its initial value; None if it has not."""
-    start = records[0][key]
-    for before, after in zip(records, records[1:]):
-        a, b, half = before[key], after[key], start / 2
-        if None not in (a, b, after["mean_train_loss"]) and b <= half < a:
-            share = (a - half) / (a - b)
-            return before["mean_train_loss"] * (1 - share) + after["mean_train_loss"] * share
+    linearity = common.Linearity(f, x_test[:o.probe_examples], y_test[:o.probe_examples])
+    training = common.Run(o, seed, f, optimizer, images, len(y), linearity)
+    step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
+    for i in training.minibatches(probe):
+        step(i)
 
 
-def summarise(o, runs, classes):
-    """Tables at equal mean training loss, and the order in which the deciles are learnt; prints and returns them."""
-    levels = common.loss_levels(classes, *o.levels)
-    summary = common.summarise(runs, COLUMNS, levels)
-    for alpha, seeds in runs.items():
-        part = summary["alphas"][f"{alpha:g}"]
-        part["half_way"] = {f"decile_{d}": common.spread([half_way(records, f"decile_{d}_loss")
-                                                          for records in seeds.values()]) for d in range(1, 11)}
-        common.print_table(f"alpha = {alpha:g}, at equal mean training loss", part,
-                           ["gap", "decile_1", "decile_3", "decile_8", "decile_10", "test_acc"], levels)
-    for pair, part in summary["paired"].items():
-        common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part,
-                           ["gap", "decile_1", "decile_10", "test_gap"], levels)
-    common.print_linearity(summary, levels)
+def accuracy(f, y):
+    return (f.argmax(1) == y).double().mean().item()
+
+
+# What came out.
+
+
+def quantities(curve):
+    """What is compared at equal loss, from the smoothed curves of one run."""
+    result = {"gap": curve["decile_1_loss"] - curve["decile_10_loss"],
+              "test_gap": curve["test_decile_1_loss"] - curve["test_decile_10_loss"],
+              "test_loss": curve["test_loss"], "test_acc": curve["test_acc"]}
+    for d in range(1, 11):
+        result[f"decile_{d}"] = curve[f"decile_{d}_loss"]
+    return result
+
+
+def conclude(o, runs):
+    """Print a table a claim and return the summary."""
+    summary = common.summarise(runs, quantities, common.loss_levels(runs, o.levels))
+    common.print_claim("Gap, loss of decile 1 (hardest) minus loss of decile 10 (easiest), at equal mean training loss",
+                       summary, "gap")
+    for alpha, part in summary["alphas"].items():
+        common.print_table(f"Loss of the deciles, alpha = {alpha}, at equal mean training loss", part["levels"],
+                           [f"decile_{d}" for d in (1, 3, 8, 10)])
+    common.print_linearity(summary)
     print("\nMean training loss at which each decile has fallen to half its initial loss (hardest to easiest)")
-    for alpha in runs:
-        half = summary["alphas"][f"{alpha:g}"]["half_way"].values()
-        print(f"alpha = {alpha:<5g} " + "".join(f"{h['mean']:>7.2f}" if h else "      -" for h in half))
+    for alpha, seeds in runs.items():
+        part = summary["alphas"][f"{alpha:g}"]["half_way"] = {}
+        for d in range(1, 11):
+            part[f"decile_{d}"] = common.spread([half_way(records, f"decile_{d}_loss") for records in seeds.values()])
+        print(f"alpha = {alpha:<5g}" + "".join(f"{half['mean']:>7.2f}" if half else "      -" for half in part.values()))
+    summary["conclusion"] = common.sentence(
+        runs, summary, "gap", "At equal mean training loss {level} the hardest decile's loss is above the easiest's by",
+        "the rich network hastens to the easy examples, as in the paper",
+        "the lazy network is the one that hastens, against the paper")
     return summary
 
 
+def half_way(records, key):
+    """The mean training loss where a decile's loss passes half of its initial value; None if it has not."""
+    curve = common.curve(records)
+    return common.value_at(records[0][key] / 2, curve[key], curve["mean_train_loss"])
+
+
 def draw(o, runs):
-    """cscore.png, the paper's Figure 2, and cscore_curves.png: the test split, and the same runs against iterations."""
-    from matplotlib import colormaps
+    """cscore.png, the paper's Figure 2; cscore_curves.png: the test split, and the same runs against iterations, which
+    shows why equal time is no comparison."""
     from matplotlib.figure import Figure
-    of = lambda key: lambda r: r.get(key)
-    colours = {d: colormaps["plasma"](.85 * (d - 1) / 9) for d in sorted(set(o.deciles))}
-    styles = dict(zip(runs, itertools.cycle(["-", "--", ":", "-."])))
+    styles = dict(zip(sorted(set(o.deciles)), ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 3)), (0, (3, 4)), "-", "--", "-."]))
 
-    def panel(ax, prefix, x):
-        for (alpha, style), (d, colour) in itertools.product(styles.items(), colours.items()):
-            common.band(ax, runs[alpha].values(), of(x), of(f"{prefix}_{d}_loss"), color=colour, linestyle=style)
+    def panel(ax, prefix, x, read=common.value_at):
+        for alpha, seeds in runs.items():
+            for d, style in styles.items():
+                common.draw_band(ax, seeds, x, f"{prefix}_{d}_loss", read, color=common.colour(alpha), linestyle=style)
+        common.legend_below(ax, runs, {f"decile {d}": style for d, style in styles.items()})
         ax.set(xlabel=x.replace("_", " "), ylabel="loss")
-        common.legend_below(ax, {f"decile {d}": colour for d, colour in colours.items()},
-                            {common.alpha_label(alpha): style for alpha, style in styles.items()})
 
-    figure = Figure(figsize=(8.3, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     panel(left, "decile", "mean_train_loss")
-    left.set(title="Loss by C-score decile (1 = hardest)", xlabel="mean training loss (training goes to the right)")
-    common.draw_linearity(right, runs, of("mean_train_loss"))
-    right.set(xlabel="mean training loss")
-    left.invert_xaxis()
-    right.invert_xaxis()
+    left.set_title("Loss by C-score decile (1 = hardest)")
+    common.draw_linearity(middle, right, runs, "mean_train_loss")
+    for ax in (left, middle, right):
+        ax.set_xlabel("mean training loss (training: to the right)")
+        ax.invert_xaxis()
     common.save_figure(figure, o.out, "cscore")
 
-    figure = Figure(figsize=(8.3, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     panel(left, "test_decile", "mean_train_loss")
-    left.set(title="Test loss by decile")
+    left.set_title("Test loss by decile")
     left.invert_xaxis()
-    panel(right, "decile", "iteration")
+    panel(right, "decile", "iteration", common.at_iteration)
     right.set(title="Training loss by decile", xscale="symlog", xlim=(1, None))
     common.save_figure(figure, o.out, "cscore_curves")
 
 
-def main(argv=None, **options):
-    """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
+def main(**options):
+    """Train, conclude and draw, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
     the summary; raises ValueError or OSError for bad input."""
-    o = common.parse(make_parser(), QUICK, argv, options)
-    images = None if o.draw_only else load(o)
-    return common.sweep(o, lambda alpha, seed: run(alpha, seed, images, o), summarise, draw)
+    o = common.options("cscore", OPTIONS, QUICK, options, __file__)
+    return common.sweep(o, load, run, conclude, draw)
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    common.command_line("cscore", main, OPTIONS, QUICK, __doc__)

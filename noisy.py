@@ -6,142 +6,152 @@
 
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above.
-
---quick takes 48 seconds on two CPU cores; the paper's figure 33 seconds an epoch: the rich network reaches a clean loss
-of .3 after 13, the lazy one 1.0 after about 70 (2026-11-24; not timed on a GPU). --quick prints, among other tables,
-
-    alpha = 1 - 100, paired by seed (95 % interval from three seeds on)
-      loss                        gap                 test_acc
-       1.7       0.230 [0.010, 0.450]    0.089 [-0.011, 0.189]
-       1.5       0.577 [0.331, 0.822]     0.126 [0.087, 0.165]
-    ...
-    alpha = 1: smallest test loss 1.055 +- 0.025 (n=3), at clean loss 0.861 +- 0.017 (n=3)
-    alpha = 100: smallest test loss 1.560 +- 0.115 (n=3), at clean loss 1.163 +- 0.191 (n=3)
 """
-import itertools
-
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import common
 
+OPTIONS = {"noise": ("training", .15, "above 0, below 1", "share of the training labels that are replaced")}
 QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=26, width=16, lr=.0005, batch_size=25, probe_examples=25,
              stop_loss=1.25, levels=[1.7, 1.6, 1.5, 1.4, 1.3])
-
-
-def make_parser():
-    p = common.parser(__doc__, "noisy", levels=[1.6, 1.2])
-    p.add_argument("--noise", type=common.number(float, above=0, below=1), default=.15,
-                   help="share of the training labels that are replaced")
-    return p
+loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands here is trained on, probed and compared
 
 
 def run(alpha, seed, images, o):
     """Train f^alpha from one seed; its records go to OUT/alpha=ALPHA_seed=SEED/log.jsonl."""
-    # The data: training images with noisy labels, and the groups that are watched; for every alpha the same.
-    x, true_labels, _ = common.draw_training_set(images, seed, o)
+    # The data, and the groups that are watched: the same for every alpha.
+    keep = common.training_indices(images, seed, o)
     classes = int(images["y_train"].max()) + 1
+    true_labels = images["y_train"][keep]
     labels = common.flip_labels(true_labels, o.noise, classes, seed)
-    statistics = images["mean"], images["std"]
-    train = common.Examples(x, labels, *statistics, o)
-    test = common.Examples(images["x_test"][:1000], images["y_test"][:1000], *statistics, o)
     wrong = labels != true_labels
-    share = float(wrong.mean())
-    clean, noisy = (torch.as_tensor(common.some(np.flatnonzero(members), 1000, seed), device=o.device)
-                    for members in (~wrong, wrong))
-    true_labels = torch.as_tensor(true_labels, device=o.device)[noisy]
+    clean = torch.as_tensor(common.draw_some(np.flatnonzero(~wrong), o.group_size, seed), device=o.device)
+    noisy = torch.as_tensor(common.draw_some(np.flatnonzero(wrong), o.group_size, seed), device=o.device)
+    x, x_test = common.on_device(images["x_train"][keep], o), common.on_device(images["x_test"][:o.group_size], o)
+    y, y_true = torch.as_tensor(labels, device=o.device), torch.as_tensor(true_labels, device=o.device)
+    y_test = torch.as_tensor(images["y_test"][:o.group_size], device=o.device)
 
+    # f^alpha(x) = alpha (f_theta(x) - f_theta0(x)), trained at lr / alpha^2.
     with common.seeded("init", seed):
-        model = common.resnet18(classes, in_channels=train.x.shape[1], width=o.width)
-    model = model.to(o.device, o.dtype)
-    identity = common.identity_of(o, alpha, seed, images, model)
-    with common.run_folder(o, common.folder_of(o, alpha, seed), identity) as folder:
-        centered = common.center(model, alpha)
-        test.cache_f0(centered)
+        network = common.resnet18(classes, in_channels=x.shape[1], width=o.width)
+    network = nn.Sequential(common.Standardise(images["mean"], images["std"]), network).to(o.device, o.dtype)
+    f = common.center(network, alpha)
+    optimizer = common.scaled_sgd(f, o.lr, o.momentum)
+    f0, f0_test = common.outputs(f.model0, x), common.outputs(f.model0, x_test)  # never change: computed once
 
-        def evaluate():
-            entry = {}
-            for name, examples, index in (("clean", train, clean), ("noisy", train, noisy),
-                                          ("test", test, test.index())):
-                f = examples.predict(centered, index)
-                entry[f"{name}_loss"], entry[f"{name}_acc"] = common.measure(f, examples.y[index])
-                if name == "noisy":  # the same outputs against the labels before the noise
-                    entry["noisy_true_acc"] = common.measure(f, true_labels)[1]
-            for what in ("loss", "acc"):  # weighted by the groups' shares of the training set
-                entry[f"mean_train_{what}"] = (1 - share) * entry[f"clean_{what}"] + share * entry[f"noisy_{what}"]
-            return entry
+    def step(i):
+        loss = loss_of(f(x[i], f0[i]), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-        probe_x = test.pixels(test.index()[:o.probe_examples])
-        return common.train(folder, centered, train, probe_x, evaluate, o, seed, classes)
+    def probe():
+        f_clean, f_noisy = common.outputs(f, x[clean], f0[clean]), common.outputs(f, x[noisy], f0[noisy])
+        f_test = common.outputs(f, x_test, f0_test)
+        record = {"clean_loss": loss_of(f_clean, y[clean]).item(), "clean_acc": accuracy(f_clean, y[clean]),
+                  "noisy_loss": loss_of(f_noisy, y[noisy]).item(), "noisy_acc": accuracy(f_noisy, y[noisy]),
+                  "noisy_true_acc": accuracy(f_noisy, y_true[noisy]),  # against the labels before the noise
+                  "test_loss": loss_of(f_test, y_test).item(), "test_acc": accuracy(f_test, y_test)}
+        for what in ("loss", "acc"):  # the groups, weighted by their share of the training set
+            record[f"mean_train_{what}"] = float(
+                (1 - wrong.mean()) * record[f"clean_{what}"] + wrong.mean() * record[f"noisy_{what}"])
+        return record
+
+    linearity = common.Linearity(f, x_test[:o.probe_examples], y_test[:o.probe_examples])
+    training = common.Run(o, seed, f, optimizer, images, len(y), linearity)
+    step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
+    for i in training.minibatches(probe):
+        step(i)
 
 
-COLUMNS = {"gap": lambda r: common.minus(r["noisy_loss"], r["clean_loss"]), "noisy_loss": lambda r: r["noisy_loss"],
-           "test_loss": lambda r: r["test_loss"], "test_acc": lambda r: r["test_acc"],
-           "noisy_true_acc": lambda r: r["noisy_true_acc"]}
+def accuracy(f, y):
+    return (f.argmax(1) == y).double().mean().item()
 
 
-def summarise(o, runs, classes):
-    """Tables at equal mean training loss, then, as in the paper, at equal *clean* loss; prints and returns them."""
-    levels = common.loss_levels(classes, *o.levels)
-    summary = common.summarise(runs, COLUMNS, levels)
-    summary["at_clean_loss"] = common.summarise(runs, COLUMNS, levels, on="clean_loss")
-    for alpha, part in summary["alphas"].items():
-        common.print_table(f"alpha = {alpha}, at equal mean training loss", part,
-                           ["gap", "test_loss", "test_acc", "noisy_true_acc"], levels)
-    for pair, part in summary["paired"].items():
-        common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part,
-                           ["gap", "test_acc"], levels)
-    for alpha, part in summary["at_clean_loss"]["alphas"].items():
-        common.print_table(f"alpha = {alpha}, at equal loss of the clean group", part,
-                           ["noisy_loss", "test_loss", "noisy_true_acc"], levels)
-    common.print_linearity(summary, levels)
+def quantities(curve):
+    """What is compared at equal loss, from the smoothed curves of one run."""
+    return {"gap": curve["noisy_loss"] - curve["clean_loss"], "noisy_loss": curve["noisy_loss"],
+            "test_loss": curve["test_loss"], "test_acc": curve["test_acc"], "noisy_true_acc": curve["noisy_true_acc"]}
+
+
+def conclude(o, runs):
+    """Print a table a claim and return the summary; the claim itself is read at equal loss of the clean group."""
+    levels = common.loss_levels(runs, o.levels)
+    summary = common.summarise(runs, quantities, levels)
+    summary["at_clean_loss"] = at_clean = common.summarise(runs, quantities, levels, on="clean_loss")
+    common.print_claim("Loss of the noisy examples at equal loss of the clean ones", at_clean, "noisy_loss")
+    common.print_claim("Test accuracy at equal loss of the clean examples", at_clean, "test_acc")
+    common.print_claim("Gap, loss of the noisy minus loss of the clean, at equal mean training loss", summary, "gap")
+    common.print_linearity(summary)
     print()
     for alpha, seeds in runs.items():
-        best = [min((r["test_loss"], r["clean_loss"]) for r in records if None not in (r["test_loss"], r["clean_loss"]))
-                for records in seeds.values()]
-        loss, clean = (common.spread(values) for values in zip(*best))
-        summary["alphas"][f"{alpha:g}"]["smallest_test_loss"] = {"loss": loss, "at_clean_loss": clean}
-        print(f"alpha = {alpha:g}: smallest test loss {common.cell(loss)}, at clean loss {common.cell(clean)}")
+        lowest = [smallest_test_loss(records) for records in seeds.values()]
+        best = {"loss": common.spread([loss for loss, _ in lowest]),
+                "at_clean_loss": common.spread([clean for _, clean in lowest])}
+        summary["alphas"][f"{alpha:g}"]["smallest_test_loss"] = best
+        print(f"alpha = {alpha:g}: smallest test loss {common.cell(best['loss'])}, at clean loss "
+              f"{common.cell(best['at_clean_loss'])}")
+    summary["conclusion"] = common.sentence(
+        runs, at_clean, "noisy_loss", "At equal clean loss {level} the noisy loss is",
+        "the rich network has learnt the wrong labels less, as in the paper", "the rich network has learnt the wrong labels "
+        "more, against the paper")
     return summary
 
 
+def smallest_test_loss(records):
+    """(its value, the clean loss there) along the smoothed run; (None, None) for a run that diverged."""
+    curve = common.curve(records)
+    if records[-1].get("ended") == "diverged" or len(curve["test_loss"]) == 0:
+        return None, None
+    k = int(np.argmin(curve["test_loss"]))
+    return float(curve["test_loss"][k]), float(curve["clean_loss"][k])
+
+
 def draw(o, runs):
-    """noisy.png, the paper's Figure 3, and noisy_curves.png, the same runs against iterations."""
+    """noisy.png, the paper's Figure 3; noisy_curves.png, the same runs against iterations: why equal time is no
+    comparison."""
     from matplotlib.figure import Figure
-    of = lambda key: lambda r: r.get(key)
-
-    def panel(ax, x, styles):
-        for colour, seeds in zip(itertools.cycle(common.COLOURS), runs.values()):
-            for key, style in styles.items():
-                common.band(ax, seeds.values(), of(x), of(key), color=colour, linestyle=style)
-        names = ["noisy, true labels" if key == "noisy_true_acc" else key.split("_")[0] for key in styles]
-        common.legend_below(ax, common.alpha_colours(runs), dict(zip(names, styles.values())))
-
-    figure = Figure(figsize=(8.3, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    panel(left, "clean_loss", {"noisy_loss": "-", "test_loss": "--"})
-    left.invert_xaxis()
-    left.set(xlabel="loss of the clean examples (training goes to the right)", ylabel="loss", title="Equal clean loss")
-    common.draw_linearity(right, runs, of("clean_acc"))
-    right.set(xlabel="accuracy on the clean examples")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    styles = {"noisy_loss": "-", "test_loss": "--"}
+    for alpha, seeds in runs.items():
+        for key, style in styles.items():
+            common.draw_band(left, seeds, "clean_loss", key, color=common.colour(alpha), linestyle=style)
+    left.set(title="Loss at equal clean loss", xlabel="loss of the clean examples (training goes to the right)", ylabel="loss")
+    common.legend_below(left, runs, {"noisy examples": "-", "test": "--"})
+    common.draw_linearity(middle, right, runs, "clean_loss")
+    for ax in (left, middle, right):
+        ax.invert_xaxis()
+        ax.set_xlabel("loss of the clean examples")
     common.save_figure(figure, o.out, "noisy")
 
     figure = Figure(figsize=(8.3, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    panel(left, "iteration", {"clean_loss": "-", "noisy_loss": "--", "test_loss": ":"})
-    panel(right, "iteration", {"clean_acc": "-", "noisy_acc": "--", "test_acc": ":", "noisy_true_acc": "-."})
-    for ax, name in ((left, "loss"), (right, "accuracy")):
-        ax.set(xscale="symlog", xlabel="iteration", xlim=(1, None), ylabel=name)
+    losses, accuracies = figure.subplots(1, 2)
+    styles = {"clean": "-", "noisy": "--", "test": ":"}
+    for alpha, seeds in runs.items():
+        for name, style in styles.items():
+            for ax, what in ((losses, "loss"), (accuracies, "acc")):
+                common.draw_band(ax, seeds, "iteration", f"{name}_{what}", common.at_iteration,
+                                 color=common.colour(alpha), linestyle=style)
+    for ax, what in ((losses, "loss"), (accuracies, "accuracy")):
+        ax.set(xscale="symlog", xlim=(1, None), xlabel="iteration", ylabel=what)
+        common.legend_below(ax, runs, styles)
     common.save_figure(figure, o.out, "noisy_curves")
 
 
-def main(argv=None, **options):
-    """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
+def load(o):
+    return common.load_images(o.dataset, o.data_dir)
+
+
+def main(**options):
+    """Train, conclude and draw, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
     the summary; raises ValueError or OSError for bad input."""
-    o = common.parse(make_parser(), QUICK, argv, options)
-    images = None if o.draw_only else common.load_images(o.dataset, o.data_dir)
-    return common.sweep(o, lambda alpha, seed: run(alpha, seed, images, o), summarise, draw)
+    o = common.options("noisy", OPTIONS, QUICK, options, __file__)
+    return common.sweep(o, load, run, conclude, draw)
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    common.command_line("noisy", main, OPTIONS, QUICK, __doc__)

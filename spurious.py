@@ -1,6 +1,7 @@
 """Figure 4 of "Lazy vs hasty": a spurious attribute that agrees with the label for most training images.
 
     python spurious.py --quick                        a demonstration on synthetic images, no download
+    python spurious.py --dataset dominoes             on a laptop: a digit above an automobile or a truck
     python spurious.py --dataset celeba               the paper's figure: blond hair is the label, gender the attribute
     python spurious.py --dataset waterbirds           the paper's figure: land or water bird, in front of land or water
     python spurious.py --dataset FILE.npz             your own images, with attribute_train and attribute_test
@@ -8,284 +9,328 @@
 The claim: at an equal training loss, the rich network (alpha = 1) leans on the attribute more than the lazy one
 (alpha = 100). What agrees with the attribute is easy and it hastens there; the cells against it stay behind.
 
---quick takes 33 seconds on two CPU cores; CelebA and Waterbirds were not run (2026-11-24). It prints, among others,
-
-    alpha = 1 - 100, paired by seed (95 % interval from three seeds on)
-      loss                        gap              against_acc           worst_test_acc                 test_acc
-      0.25       0.258 [0.000, 0.516]   -0.092 [-0.190, 0.006]   -0.073 [-0.181, 0.036]  -0.031 [-0.060, -0.001]
-      0.23       0.341 [0.156, 0.526]   -0.099 [-0.216, 0.019]   -0.074 [-0.185, 0.037]  -0.035 [-0.061, -0.008]
-
 A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For either label the cell with the larger share
 of the training set goes *with* the correlation, the other *against* it. (In CelebA women are the majority of the blond
 and, at 52 %, of the others, so with is women and against is men, which is how the paper draws it.)
 """
+import contextlib
 import csv
+import gzip
 import itertools
-import math
 import os
 import pathlib
+import shutil
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import common
 
+OPTIONS = {
+    "dataset": ("what to run", "celeba", None, "celeba, waterbirds, dominoes, synthetic, or a file FILE.npz"),
+    "alpha": ("what to run", [.5, 1.0, 100.0], "above 0, at most inf", "a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
+    "epochs": ("what to run", 750, "at least 1", "at most so many passes over the training set"),
+    "lr": ("training", float, "above 0", "learning rate before the division by alpha^2 (default .01; pretrained .001; "
+           "dominoes .002)"),
+    "batch_size": ("training", 100, "at least 1", "examples a step"),
+    "from_scratch": ("training", False, None, "waterbirds: CelebA's network instead of the ImageNet-pretrained one"),
+    "digits": ("training", [7, 9], "at least 0, at most 9", "dominoes: the two digits; 0 and 1 are the easier, published pair"),
+    "agree": ("training", .95, "above 0.5, below 1", "dominoes: share of the training images whose digit tells the label"),
+    "group_size": ("looking", 150, "at least 1", "examples of a cell that a probe evaluates"),
+}
 QUICK = dict(dataset="synthetic", alpha=[1.0, 100.0], seeds=[0, 1, 2], epochs=20, width=16, lr=.0005, batch_size=25,
              probe_examples=25, stop_loss=.2, levels=[.3, .26, .25, .24, .23, .22])
-CELLS = ("00", "01", "10", "11")
-PER_CELL = 150  # examples of a cell that are evaluated: equally many, so that averages over cells are balanced
-CELEBA_TRAIN = 15000  # of the 162,770 training images
-IMAGENET = {"mean": [.485, .456, .406], "std": [.229, .224, .225]}
+
+CELLS = ("00", "01", "10", "11")  # label and attribute
+AUTOMOBILE, TRUCK = 1, 9  # CIFAR-10's numbers for them
+CELEBA = "Google Drive, see https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+CELEBA_TRAIN = 15000  # of the 162,770 training images, as in the paper
 WATERBIRDS = "https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz"
+IMAGENET = {"mean": [.485, .456, .406], "std": [.229, .224, .225]}
+DOMINOES = "--dataset dominoes (downloads MNIST and CIFAR-10) or "
 
 
-def make_parser():
-    p = common.parser(__doc__, "spurious", dataset="celeba", alpha=[.5, 1.0, 100.0], lr=None, batch_size=100,
-                      epochs=750, stop_loss=0.0)
-    p.add_argument("--lr", type=common.number(float, above=0),
-                   help="learning rate, before the division by alpha^2 (default: the paper's, .01, pretrained .001)")
-    p.add_argument("--from-scratch", action="store_true",
-                   help="waterbirds: CelebA's network instead of the ImageNet-pretrained one")
-    return p
+def loss_of(f, y):
+    """The loss of outputs f (n, 1) and labels y (n,) of 0 and 1; whatever stands here is trained on and probed."""
+    return F.binary_cross_entropy_with_logits(f[:, 0], y.to(f.dtype))
 
 
-# The data: x_train (N, H, W, C) uint8, y_train and attribute_train (N,) in {0, 1}; the same for test; mean and std; and
-# for pool, where the training cells are drawn from another set than the training set.
+# The data.
 
 
 def load(o):
-    if o.dataset in ("celeba", "waterbirds"):
-        return (celeba if o.dataset == "celeba" else waterbirds)(pathlib.Path(os.path.abspath(o.data_dir)))
+    """The data set that --dataset names as a dict: x_train uint8 (N, H, W, C), y_train and attribute_train (N,) of 0 and 1, the same for test;
+    mean and std per channel. celeba and waterbirds: each x_ is a Files; celeba: also x_pool and so on.
+    ValueError or OSError: one line that says what is wrong and what to do."""
+    data_dir = pathlib.Path(os.path.abspath(o.data_dir))
+    if o.dataset == "celeba":
+        return celeba(data_dir)
+    if o.dataset == "waterbirds":
+        return waterbirds(data_dir)
+    if o.dataset == "dominoes":
+        return common.with_statistics(mnist_on_cifar(data_dir, o.digits, o.agree))
     if o.dataset == "synthetic":
         return common.with_statistics(synthetic())
     if not o.dataset.endswith(".npz"):
-        raise ValueError(f"--dataset {o.dataset}: not celeba, waterbirds or synthetic, nor the path of an .npz file")
+        names = ["celeba", "waterbirds", "dominoes", "synthetic"]
+        raise ValueError(f"--dataset {o.dataset}: {common.near(o.dataset, names)} or a file FILE.npz")
     images = common.load_images(o.dataset)
-    for name in ("attribute_train", "attribute_test"):
-        if name not in images:
-            raise ValueError(f"{o.dataset}: no array {name}, the attribute (0 or 1) of each image")
-    if images["y_train"].max() > 1:
-        raise ValueError(f"{o.dataset}: labels must be 0 or 1 here, and go up to {images['y_train'].max()}")
+    if not {"attribute_train", "attribute_test"} <= set(images) or images["y_train"].max() > 1:
+        raise ValueError(f"{o.dataset}: needs labels 0 and 1, and attribute_train and attribute_test likewise")
     return images
+
+
+def correlated(y, agree, rng):
+    """An attribute (N,) equal to the label y (N,) for the exact share `agree` of examples, drawn by rng."""
+    agrees = rng.permutation(len(y)) < round(agree * len(y))
+    return np.where(agrees, y, 1 - y)
 
 
 def synthetic(n_train=1500, n_test=800, size=32):
-    """A disc (label 0) or a cross (label 1) near the middle, under pixel noise; around it stripes that run across
-    (attribute 0) or down (attribute 1). They always lie in the same place and fill the image: the easy feature. They
-    agree with the label for 95 % of the training images, half of the test's."""
+    """A disc (label 0) or a cross (label 1) near the middle, under pixel noise; around it stripes that run
+    across (attribute 0) or down (attribute 1). They always lie in the same place and fill the image: the
+    easy feature. They agree with the label for 95 % of the training images, half of the test's."""
     rng = np.random.default_rng(0)
     row, column = np.mgrid[:size, :size]
     images = {}
-    for split, n, agree in (("train", n_train, .95), ("test", n_test, .5)):
-        y = rng.permutation(np.arange(n) % 2)
-        attribute = np.where(rng.permutation(n) < agree * n, y, 1 - y)
-        each = lambda values: values[:, None, None]
-        dy, dx = (np.abs(at - size / 2 - each(rng.uniform(-3, 3, n))) for at in (row, column))  # (n, size, size)
-        r = each(rng.uniform(6, 8, n))
-        cross = (np.minimum(dx, dy) < r / 3) & (np.maximum(dx, dy) < r)
-        shape = np.where(each(y) == 1, cross, dx**2 + dy**2 < r**2)
-        stripes = np.cos(2 * np.pi / 8 * np.where(each(attribute) == 1, column, row))
-        x = np.where(shape, 1, .4 * stripes)[..., None] + .5 * rng.normal(size=(n, size, size, 3))
-        images.update({f"x_{split}": (128 + 50 * x).clip(0, 255).astype(np.uint8), f"y_{split}": y,
-                       f"attribute_{split}": attribute})
+    for split, count, agree in (("train", n_train, .95), ("test", n_test, .5)):
+        y = rng.permutation(np.arange(count) % 2)
+        attribute = correlated(y, agree, rng)
+        down = np.abs(row - size / 2 - rng.uniform(-3, 3, (count, 1, 1)))  # (count, size, size)
+        across = np.abs(column - size / 2 - rng.uniform(-3, 3, (count, 1, 1)))
+        radius = rng.uniform(6, 8, (count, 1, 1))
+        disc = across**2 + down**2 < radius**2
+        cross = (np.minimum(across, down) < radius / 3) & (np.maximum(across, down) < radius)
+        shape = np.where(y[:, None, None] == 1, cross, disc)
+        stripes = np.cos(2 * np.pi / 8 * np.where(attribute[:, None, None] == 1, column, row))
+        x = np.where(shape, 1, .4 * stripes)[..., None] + .5 * rng.normal(size=(count, size, size, 3))
+        images[f"x_{split}"] = (128 + 50 * x).clip(0, 255).astype(np.uint8)
+        images[f"y_{split}"], images[f"attribute_{split}"] = y, attribute
     return images
 
 
+def dominoes(digits, images, seed, agree=.95):
+    """One split of the MNIST-CIFAR dominoes: a digit, zero-padded to 32 x 32, above an image.
+
+    digits: two arrays uint8 (n, 28, 28), of attribute 0 and of attribute 1. images: two arrays uint8
+    (n, 32, 32, 3), of label 0 and of label 1; each is used once, a digit again where there are too few.
+    agree: the exact share of images whose attribute is their label.
+    Returns x uint8 (N, 64, 32, 3), y (N,) and attribute (N,), in an order drawn from the seed.
+    Raises ValueError: agree outside [0, 1], or one of the four arrays is empty.
+    Source: Shah et al., "The pitfalls of simplicity bias in neural networks", NeurIPS 2020."""
+    if not 0 <= agree <= 1 or min(map(len, (*digits, *images))) == 0:
+        raise ValueError(f"dominoes need both digits and kinds of images, agree from 0 to 1, not {agree}")
+    rng = np.random.default_rng(seed)
+    y = np.repeat([0, 1], [len(images[0]), len(images[1])])
+    attribute = correlated(y, agree, rng)
+    x = np.zeros((len(y), 64, 32, 3), np.uint8)
+    x[:, 32:] = np.concatenate(images)
+    for kind in (0, 1):
+        place = np.flatnonzero(attribute == kind)
+        drawn = np.resize(rng.permutation(len(digits[kind])), len(place))  # begins again at the end
+        x[place, 2:30, 2:30] = digits[kind][drawn][..., None]
+    order = rng.permutation(len(y))
+    return x[order], y[order], attribute[order]
+
+
+def mnist_on_cifar(data_dir, digits, agree):
+    """Dominoes of automobiles (label 0) and trucks (label 1). Training ones from MNIST's and CIFAR-10's
+    training sets, test ones, in which the digit says nothing about the label, from their test sets."""
+    from torchvision.datasets import CIFAR10, MNIST
+    if len(digits) != 2 or digits[0] == digits[1] or not set(digits) <= set(range(10)):
+        raise ValueError(f"--digits {' '.join(map(str, digits))}: must be two different digits from 0 to 9")
+    archives = ", ".join(name for name, checksum in MNIST.resources)
+    images = {}
+    for seed, (split, share) in enumerate((("train", agree), ("test", .5))):
+        with fetching("MNIST", MNIST.mirrors[0], archives, data_dir / "MNIST" / "raw"):
+            mnist = MNIST(data_dir, train=split == "train", download=True)
+        with fetching("CIFAR-10", CIFAR10.url, CIFAR10.filename, data_dir):
+            cifar = CIFAR10(data_dir, train=split == "train", download=True)
+        above = [mnist.data[mnist.targets == digit].numpy() for digit in digits]
+        below = [cifar.data[np.equal(cifar.targets, label)] for label in (AUTOMOBILE, TRUCK)]
+        x, y, attribute = dominoes(above, below, seed, share)
+        images[f"x_{split}"], images[f"y_{split}"], images[f"attribute_{split}"] = x, y, attribute
+    return images
+
+
+@contextlib.contextmanager
+def fetching(what, address, files, folder, instead=""):
+    """Around a download: what fails in it becomes one line with the address, the reason and the ways out."""
+    try:
+        yield
+    except Exception as error:  # no network, a quota, a wrong checksum, damaged bytes raise nearly anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise OSError(f"{what} could not be had from {address} ({reason}). Put {files} into {folder} by "
+                      f"hand, over what is there, or try {instead}--dataset synthetic (offline)") from None
+
+
 class Files:
-    """JPEGs that stand where an array (N, 224, 224, 3) is expected: indexing reads them, and `crop` makes them fit."""
+    """JPEGs in place of an array uint8 (N, 224, 224, 3): indexing reads them, and crop makes them fit."""
 
     def __init__(self, paths, crop):
-        self.paths, self.crop, self.shape = np.array(paths), crop, (len(paths), 224, 224, 3)
+        self.paths, self.crop, self.shape = np.array(paths, object), crop, (len(paths), 224, 224, 3)
 
     def __getitem__(self, index):
-        x = np.empty((len(index), *self.shape[1:]), np.uint8)
         with ThreadPoolExecutor() as threads:
-            for i, image in enumerate(threads.map(self.read, self.paths[index])):
-                x[i] = image
-        return x
+            return np.stack(list(threads.map(self.read, self.paths[index])))
 
     def read(self, path):
         from PIL import Image
         try:
             with Image.open(path) as image:
                 return np.asarray(self.crop(image.convert("RGB")))
-        except FileNotFoundError:
-            raise OSError(f"{path}: missing") from None
-        except Exception as e:  # damaged bytes make the decoders raise nearly anything
-            raise ValueError(f"{path}: damaged, or not an image ({common.first_line(e)})") from None
+        except Exception as error:  # damaged bytes make the decoders raise nearly anything
+            reason = common.first_line(error)
+            raise ValueError(f"{path!r}: missing, damaged or no image; get it anew ({reason})") from None
+
+
+def from_files(parts, crop):
+    """What load returns, of parts {"train": [(path, label, attribute), ...], "test": likewise}."""
+    images = dict(IMAGENET)
+    for split, rows in parts.items():
+        images[f"x_{split}"] = Files([row[0] for row in rows], crop)
+        images[f"y_{split}"] = np.array([row[1] for row in rows], np.int64)
+        images[f"attribute_{split}"] = np.array([row[2] for row in rows], np.int64)
+    return images
 
 
 def celeba(data_dir):
-    """Blond hair is the label, male the attribute; the first 15,000 training images train. As published, the training
-    cells are drawn from the whole training split: most of these images are not trained on."""
-    from torchvision.datasets import CelebA
-    from torchvision.transforms import CenterCrop, Compose, Resize
+    """Blond hair is the label, male the attribute. As published, the first 15,000 images of the training
+    split train, but the training cells are drawn from all of it (the pool): most are not trained on."""
+    from torchvision import datasets, transforms
+    bit, parts = {"-1": 0, "1": 1}, {"0": [], "1": [], "2": []}  # 0 train, 1 validation, 2 test
     folder, jpegs = data_dir / "celeba", data_dir / "celeba" / "img_align_celeba"
-    texts = [name for _, _, name in CelebA.file_list if name.endswith(".txt")]
-    missing = [path.name for path in (jpegs, *(folder / name for name in texts)) if not path.exists()]
-    if missing:
-        try:
-            CelebA(data_dir, download=True)
-        except Exception as e:  # the helper package it needs, gdown, has errors of its own, such as a quota
-            raise OSError(f"CelebA could not be fetched from Google Drive ({common.first_line(e)}). Put "
-                          f"{', '.join(missing)} into {folder} by hand (img_align_celeba is the folder of JPEGs in "
-                          "img_align_celeba.zip), or try --dataset synthetic") from None
-
-    class ByContent(CelebA):  # torchvision would refuse files that were put there by hand without saying which
-        def _check_integrity(self):
-            if self.split == "train" and not super()._check_integrity():
-                print(f"note: the text files in {folder} are not the published ones by checksum; going on with them")
-            return True
-
-    images, there = dict(IMAGENET), set(os.listdir(jpegs))
-    for split, name in (("train", "pool"), ("test", "test")):
-        try:
-            part = ByContent(data_dir, split)
-        except (ValueError, IndexError, TypeError, csv.Error) as e:
-            raise ValueError(f"{folder}: {', '.join(texts)}: one is not in CelebA's format "
-                             f"({common.first_line(e)})") from None
-        if not {"Blond_Hair", "Male"} <= set(part.attr_names):
-            raise ValueError(f"{folder}/list_attr_celeba.txt: its header does not name Blond_Hair and Male")
-        absent = [file for file in part.filename if file not in there]
-        if absent:
-            raise OSError(f"{jpegs / absent[0]}: missing, as {len(absent)} of the {len(part)} {split} images")
-        crop = Compose([CenterCrop(178), Resize(224)])
-        images[f"x_{name}"] = Files([str(jpegs / file) for file in part.filename], crop)
-        images[f"y_{name}"] = part.attr[:, part.attr_names.index("Blond_Hair")].numpy()
-        images[f"attribute_{name}"] = part.attr[:, part.attr_names.index("Male")].numpy()
-    return {**images, "x_train": Files(images["x_pool"].paths[:CELEBA_TRAIN], images["x_pool"].crop),
-            "y_train": images["y_pool"][:CELEBA_TRAIN], "attribute_train": images["attribute_pool"][:CELEBA_TRAIN]}
+    table, partition = folder / "list_attr_celeba.txt", folder / "list_eval_partition.txt"
+    if not (table.exists() and partition.exists() and jpegs.exists()):
+        with fetching("CelebA", CELEBA, f"{table.name}, {partition.name}, {jpegs.name}/", folder, DOMINOES):
+            datasets.CelebA(data_dir, download=True)
+    try:  # the table: the number of images; the attributes' names; a line an image
+        lines = [line.split() for line in table.read_text(errors="replace").splitlines()]
+        split = dict(line.split() for line in partition.read_text(errors="replace").splitlines())
+        for name, *values in lines[2:]:
+            value = dict(zip(lines[1], values, strict=True))
+            parts[split[name]].append((str(jpegs / name), bit[value["Blond_Hair"]], bit[value["Male"]]))
+        if not int(lines[0][0]) == len(lines) - 2 == len(split):
+            raise ValueError("not as many lines as the first one announces")
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{table} or {partition.name}: cut short, or not CelebA's; get both anew "
+                         f"({str(error)[:100]})") from None
+    crop = transforms.Compose([transforms.CenterCrop(178), transforms.Resize(224)])
+    train = parts["0"][:CELEBA_TRAIN]
+    return from_files({"train": train, "pool": parts["0"], "test": parts["2"]}, crop)
 
 
 def waterbirds(data_dir):
     """Land bird 0 or water bird 1 (label) pasted on a picture of land 0 or water 1 (attribute)."""
-    from torchvision.transforms import CenterCrop, Compose, Resize
-    folder = data_dir / WATERBIRDS.split("/")[-1].split(".")[0]
+    from torchvision import transforms
+    bit, parts = {"0": 0, "1": 1}, {"0": [], "1": [], "2": []}  # 0 train, 1 validation, 2 test
+    archive = data_dir / WATERBIRDS.split("/")[-1]
+    folder = data_dir / archive.name.removesuffix(".tar.gz")
+    if not folder.exists():
+        with fetching("Waterbirds", WATERBIRDS, archive.name, data_dir, DOMINOES):
+            fetch_waterbirds(archive, folder)
     table = folder / "metadata.csv"
-    if not table.exists():
-        fetch_waterbirds(folder)
     with open(table, newline="", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"img_filename", "y", "split", "place"} <= set(rows[0]):
-        raise ValueError(f"{table}: needs a header with img_filename, y, split, place, and rows below it")
-    for i, row in enumerate(rows, start=2):
-        if row["y"] not in ("0", "1") or row["place"] not in ("0", "1") or row["split"] not in ("0", "1", "2"):
-            raise ValueError(f"{table}: line {i}: y and place must be 0 or 1, split 0, 1 or 2")
-        if not (folder / row["img_filename"]).is_file():
-            raise OSError(f"{folder / row['img_filename']}: missing, though metadata.csv lists it")
-    images = dict(IMAGENET)
-    for split, number in (("train", "0"), ("test", "2")):
-        part = [row for row in rows if row["split"] == number]
-        images[f"x_{split}"] = Files([str(folder / row["img_filename"]) for row in part],
-                                     Compose([Resize(256), CenterCrop(224)]))
-        for name, column in (("y", "y"), ("attribute", "place")):
-            images[f"{name}_{split}"] = np.array([int(row[column]) for row in part], np.int64)
-    return images
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                path = str(folder / row["img_filename"])
+                parts[row["split"]].append((path, bit[row["y"]], bit[row["place"]]))
+        except (KeyError, TypeError, csv.Error) as error:  # a short line is TypeError
+            raise ValueError(f"{table}: line {reader.line_num}: needs img_filename, y and place (0 or 1), "
+                             f"split (0, 1 or 2); got {str(error)[:100]}") from None
+    crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    return from_files({"train": parts["0"], "test": parts["2"]}, crop)
 
 
-def fetch_waterbirds(folder):
-    """Download and unpack. No checksum is published: gzip's own and the table of images tell whether all is there. What
-    is not finished has a name ending in .part, and is never taken for whole."""
-    from torchvision.datasets.utils import download_url, extract_archive
-    archive, part = (folder.with_name(folder.name + end) for end in (".tar.gz", ".part"))
-    try:
-        if not archive.exists():
-            download = archive.with_name(archive.name + ".part")
-            download.unlink(missing_ok=True)  # torchvision would take it for the file
-            download_url(WATERBIRDS, folder.parent, download.name)
-            os.replace(download, archive)
-        extract_archive(archive, part)
-        os.replace(part / folder.name, folder)
-        part.rmdir()
-    except Exception as e:  # damaged bytes make tarfile raise nearly anything
-        what = "is damaged or cut short, delete it" if archive.exists() else f"could not be fetched from {WATERBIRDS}"
-        raise OSError(f"{archive.name} {what} ({common.first_line(e)}). Put it into {folder.parent} by hand, or try "
-                      "--dataset synthetic") from None
+def fetch_waterbirds(archive, folder):
+    """Download and unpack. No checksum is published: gzip's own tells whether all is there. What is not
+    finished has a name ending in .part, and is never taken for whole."""
+    from torchvision.datasets.utils import download_url
+    download, unpacked = archive.with_name(f"{archive.name}.part"), folder.with_name(f"{folder.name}.part")
+    if not archive.exists():
+        download.unlink(missing_ok=True)  # torchvision would take it for the file
+        download_url(WATERBIRDS, archive.parent, download.name)
+        os.replace(download, archive)
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as members:
+        for member in members:
+            # The filter refuses what lies outside, but passes links inside, and makes "/name" "name".
+            if not (member.isfile() or member.isdir()) or member.name.startswith("/"):
+                raise ValueError(f"{archive.name} holds a link, device or absolute path: {member.name!r}")
+            members.extract(member, unpacked, filter="data")
+        while stream.read(2**20):  # at its very end gzip compares the checksum
+            pass
+    os.replace(unpacked / folder.name, folder)
+    shutil.rmtree(unpacked)
 
 
-def check_memory(images, o):
-    """State what the training images take; ValueError if the device cannot hold them."""
-    shape = (min(o.subset or math.inf, len(images["y_train"])), *images["x_train"].shape[1:])
-    need, have = math.prod(shape) / 1e9, memory(o.device)
-    print(f"training images: {' x '.join(map(str, shape))} bytes = {need:.3g} GB, kept on {o.device}")
-    if o.device.type == "cpu":
-        need *= 2  # as they are read, and as Examples holds them
-    if need > have:
-        raise ValueError(f"the training images need {need:.3g} GB, {o.device} has {have:.3g}: try a smaller --subset")
+# The groups.
 
 
-def memory(device):
-    """GB: what is free on a CUDA device; all there is for the CPU, where "free" leaves out what caches give back."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    known = device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 if known else math.inf
-
-
-# The groups
-
-
-def choose_cells(y, attribute, seed, where):
-    """{"00": indices, ...}: up to PER_CELL examples of each (label, attribute). ValueError if there is none of one."""
-    members = {c: np.flatnonzero((y == int(c[0])) & (attribute == int(c[1]))) for c in CELLS}
-    cells = {c: common.some(members[c], PER_CELL, seed) for c in CELLS}
-    print(f"{where} cells: " + ", ".join(f"{c} {len(cells[c])} of {len(members[c])}" for c in CELLS))
-    for c in CELLS:
-        if not len(cells[c]):
-            raise ValueError(f"no {where} image has label {c[0]} and attribute {c[1]}: each cell needs at least one")
+def choose_cells(y, attribute, group_size, seed, where):
+    """{"00": indices, ...}: up to group_size examples of each (label, attribute), drawn with the seed.
+    where: "training" or "test", for the line printed. Raises ValueError: a cell has none."""
+    cells, counts = {}, []
+    for cell in CELLS:
+        members = np.flatnonzero((y == int(cell[0])) & (attribute == int(cell[1])))
+        cells[cell] = common.draw_some(members, group_size, seed)
+        counts.append(f"{cell} {len(cells[cell])} of {len(members)}")
+    print(f"{where} cells: {', '.join(counts)}")
+    for cell in CELLS:
+        if len(cells[cell]) == 0:
+            raise ValueError(f"no {where} image has label {cell[0]} and attribute {cell[1]}: an empty cell")
     return cells
 
 
 def with_correlation(y, attribute):
-    """The two cells that hold the majority of either label: ["00", "11"] where attribute and label mostly agree."""
-    ones = [(attribute[y == label] == 1).mean() for label in (0, 1)]
-    if .5 in ones:
-        raise ValueError(f"label {ones.index(.5)} has both attributes equally often: no cell goes with a correlation")
-    return [f"{label}{int(share > .5)}" for label, share in enumerate(ones)]
+    """The cells with the majority of either label: ["00", "11"] where attribute and label mostly agree."""
+    cells = []
+    for label in (0, 1):
+        share = np.mean(attribute[y == label])  # of attribute 1
+        if share == .5:
+            raise ValueError(f"label {label} has both attributes equally often: there is no correlation")
+        cells.append(f"{label}{int(share > .5)}")
+    return cells
 
 
 def averages(entry, share, agree):
-    """What follows from the losses and accuracies of the cells in `entry`. share: each cell's part of the training set.
-    mean_train_ and _reweighted weight the cells by it, all others equally. agree: the cells with the correlation."""
-    disagree = [c for c in CELLS if c not in agree]
-    mean = lambda start, what, cells=CELLS: sum(entry[f"{start}cell_{c}_{what}"] for c in cells) / len(cells)
-    result = {f"{start}{name}_{what}": mean(start, what, cells) for start in ("", "test_") for what in ("loss", "acc")
-              for name, cells in (("with", agree), ("against", disagree))}
+    """What follows from the losses and accuracies of the cells in `entry`. share: each cell's part of the
+    training set, by which mean_train_ and _reweighted weight. agree: what with_correlation returned."""
+    against = [cell for cell in CELLS if cell not in agree]
+    result = {}
+
+    def mean(start, cells, what):
+        return sum(entry[f"{start}cell_{cell}_{what}"] for cell in cells) / len(cells)
+
+    def weighted(start, what):
+        return sum(share[cell] * entry[f"{start}cell_{cell}_{what}"] for cell in CELLS)
+
     for what in ("loss", "acc"):
-        result[f"mean_train_{what}"] = sum(share[c] * entry[f"cell_{c}_{what}"] for c in CELLS)
-        result[f"test_{what}"] = mean("test_", what)
-    return {**result, "balanced_train_acc": mean("", "acc"),
-            "test_acc_reweighted": sum(share[c] * entry[f"test_cell_{c}_acc"] for c in CELLS),
-            "worst_train_acc": min(entry[f"cell_{c}_acc"] for c in CELLS),
-            "worst_test_acc": min(entry[f"test_cell_{c}_acc"] for c in CELLS)}
+        result[f"mean_train_{what}"] = weighted("", what)
+        result[f"test_{what}"] = mean("test_", CELLS, what)
+        for start in ("", "test_"):
+            result[f"{start}with_{what}"] = mean(start, agree, what)
+            result[f"{start}against_{what}"] = mean(start, against, what)
+    result["balanced_train_acc"] = mean("", CELLS, "acc")
+    result["test_acc_reweighted"] = weighted("test_", "acc")
+    result["worst_train_acc"] = min(entry[f"cell_{cell}_acc"] for cell in CELLS)
+    result["worst_test_acc"] = min(entry[f"test_cell_{cell}_acc"] for cell in CELLS)
+    return result
 
 
-def prepare(images, seed, o):
-    """The data of one seed, the same for every alpha: the training set, and the cells that are watched."""
-    y, attribute, statistics = images["y_train"], images["attribute_train"], (images["mean"], images["std"])
-    keep = common.training_indices(images, seed, o)
-    # In CelebA women hold 94 % of the blond, but a bare 52 % of the others: small subsets could tip it over.
-    agree = ["00", "10"] if o.dataset == "celeba" else with_correlation(y, attribute)
-    share = {c: float(((y[keep] == int(c[0])) & (attribute[keep] == int(c[1]))).mean()) for c in CELLS}
-    watched = {}
-    for start, name in (("", "pool" if "x_pool" in images else "train"), ("test_", "test")):
-        inside = keep if name == "train" else np.arange(len(images[f"y_{name}"]))
-        cells = choose_cells(images[f"y_{name}"][inside], images[f"attribute_{name}"][inside], seed,
-                             "test" if start else "training")
-        index = inside[np.concatenate(list(cells.values()))]
-        watched[start] = (common.Examples(images[f"x_{name}"][index], images[f"y_{name}"][index], *statistics, o),
-                          [len(members) for members in cells.values()])
-    return common.Examples(images["x_train"][keep], y[keep], *statistics, o), watched, share, agree
-
-
-def network(o, channels):
+def network(o, images):
     """One logit. celeba and waterbirds: torchvision's ResNet18, as in the paper; else common's, of --width."""
+    standardise = common.Standardise(images["mean"], images["std"])
     if o.dataset not in ("celeba", "waterbirds"):
-        return common.resnet18(1, channels, o.width)
+        return nn.Sequential(standardise, common.resnet18(1, images["x_train"].shape[3], o.width))
     from torchvision.models import ResNet18_Weights, resnet18
     if o.dataset == "celeba" or o.from_scratch:
-        return resnet18(norm_layer=torch.nn.Identity, num_classes=1)
+        return nn.Sequential(standardise, resnet18(norm_layer=nn.Identity, num_classes=1))
     model, weights = resnet18(), ResNet18_Weights.IMAGENET1K_V1
     try:
         model.load_state_dict(weights.get_state_dict(model_dir=o.data_dir, check_hash=True, weights_only=True))
@@ -293,146 +338,172 @@ def network(o, channels):
         raise OSError(f"the ImageNet weights could not be had from {weights.url} ({common.first_line(e)}). Put "
                       f"{weights.url.split('/')[-1]} into {os.path.abspath(o.data_dir)} by hand, or train the network "
                       "without batch norm instead: --from-scratch") from None
-    model.fc = torch.nn.Linear(model.fc.in_features, 1)
-    return model.eval()  # batch norm's statistics stay ImageNet's; its scales and shifts train
+    model.fc = nn.Linear(model.fc.in_features, 1)
+    return nn.Sequential(standardise, model).eval()  # batch norm's statistics stay ImageNet's; its scales train
 
 
-def run(alpha, seed, images, data, o):
+# One run.
+
+
+def run(alpha, seed, images, o):
     """Train f^alpha from one seed; its records go to OUT/alpha=ALPHA_seed=SEED/log.jsonl."""
-    train, watched, share, agree = data
+    # The data, and the cells that are watched: the same for every alpha.
+    keep = common.training_indices(images, seed, o)
+    labels, attribute = images["y_train"][keep], images["attribute_train"][keep]
+    x, y = common.on_device(images["x_train"][keep], o), torch.as_tensor(labels, device=o.device)
+    # In CelebA women hold 94 % of the blond, but a bare 52 % of the others: small subsets could tip it over.
+    agree = ["00", "10"] if o.dataset == "celeba" else with_correlation(images["y_train"], images["attribute_train"])
+    share = {cell: np.mean((labels == int(cell[0])) & (attribute == int(cell[1]))).item() for cell in CELLS}
+    pool = "pool" if "x_pool" in images else "train"
+    inside = np.arange(len(images["y_pool"])) if pool == "pool" else keep
+    watched = {"": watch(images, pool, inside, seed, o),
+               "test_": watch(images, "test", np.arange(len(images["y_test"])), seed, o)}
+
+    # f^alpha(x) = alpha (f_theta(x) - f_theta0(x)), trained at lr / alpha^2.
     with common.seeded("init", seed):
-        model = network(o, train.x.shape[1])
-    model = model.to(o.device, o.dtype)
-    test = watched["test_"][0]
-    probe_x = test.pixels(test.index()[::max(1, len(test) // o.probe_examples)][:o.probe_examples])  # some of each cell
+        model = network(o, images)
+    f = common.center(model.to(o.device, o.dtype), alpha)
+    optimizer = common.scaled_sgd(f, o.lr, o.momentum)
+    f0 = common.outputs(f.model0, x)  # never changes: computed once
+    for cells in watched.values():
+        cells["f0"] = common.outputs(f.model0, cells["x"])
 
-    identity = common.identity_of(o, alpha, seed, images, model)
-    with common.run_folder(o, common.folder_of(o, alpha, seed), identity) as folder:
-        centered = common.center(model, alpha)
-        for examples, _ in watched.values():
-            examples.cache_f0(centered)
+    def step(i):
+        loss = loss_of(f(x[i], f0[i]), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-        def evaluate():
-            entry = {}
-            for start, (examples, sizes) in watched.items():
-                f = examples.predict(centered, examples.index())
-                for c, f_cell, y_cell in zip(CELLS, f.split(sizes), examples.y.split(sizes)):
-                    entry[f"{start}cell_{c}_loss"], entry[f"{start}cell_{c}_acc"] = common.measure(f_cell, y_cell)
-            return {**entry, **averages(entry, share, agree)}
+    def probe():
+        record = {}
+        for start, cells in watched.items():
+            outputs = common.outputs(f, cells["x"], cells["f0"]).split(cells["sizes"])
+            for cell, f_cell, y_cell in zip(CELLS, outputs, cells["y"].split(cells["sizes"])):
+                record[f"{start}cell_{cell}_loss"] = loss_of(f_cell, y_cell).item()
+                record[f"{start}cell_{cell}_acc"] = ((f_cell[:, 0] > 0) == (y_cell > 0)).double().mean().item()
+        return {**record, **averages(record, share, agree)}
 
-        return common.train(folder, centered, train, probe_x, evaluate, o, seed, num_classes=2, streak=12)
-
-
-# What follows from the records
-
-
-COLUMNS = {"gap": lambda r: common.minus(r["against_loss"], r["with_loss"]),
-           **{key: lambda r, key=key: r[key] for key in (
-               "with_acc", "against_acc", "worst_train_acc", "test_with_acc", "test_against_acc", "worst_test_acc",
-               "test_acc", "test_acc_reweighted")}}
-
-
-def at_crossing(records, x, level, y):
-    """y where x passes `level` upwards for the last time, on a line between the probes around it. None if never."""
-    value = None
-    for a, b in zip(records, records[1:]):
-        if a[x] < level <= b[x]:
-            value = a[y] + (level - a[x]) / (b[x] - a[x]) * (b[y] - a[y])
-    return value
+    test, some = watched["test_"], slice(None, None, max(1, len(watched["test_"]["y"]) // o.probe_examples))  # of each cell
+    linearity = common.Linearity(f, test["x"][some][:o.probe_examples], test["y"][some][:o.probe_examples])
+    training = common.Run(o, seed, f, optimizer, images, len(y), linearity)
+    step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
+    for i in training.minibatches(probe):
+        step(i)
 
 
-def at_equal_accuracy(o, runs):
-    """The paper's readings: accuracy of the cells against the correlation where those with it pass .8, on training and
-    on test images; test accuracy at a training accuracy; the end. Per alpha over seeds, and paired by seed."""
-    level = .85 if o.dataset == "celeba" else .9
-    readings = {"against_acc at with_acc .8": lambda r: at_crossing(r, "with_acc", .8, "against_acc"),
-                "the same on test": lambda r: at_crossing(r, "test_with_acc", .8, "test_against_acc"),
-                f"test_acc at train {level}": lambda r: at_crossing(r, "mean_train_acc", level, "test_acc"),
-                "against_acc at the end": lambda r: r[-1]["against_acc"],
-                "test_acc at the end": lambda r: r[-1]["test_acc"]}
-    value = {name: {a: {s: of(r) for s, r in runs[a].items()} for a in runs} for name, of in readings.items()}
-    alphas = {f"{a:g}": {name: common.spread(v[a].values()) for name, v in value.items()} for a in runs}
-    minus = lambda a, b: [common.minus(a[s], b[s]) for s in a if s in b]
-    paired = {f"{a:g} - {b:g}": {name: common.spread(minus(v[a], v[b]), interval=True) for name, v in value.items()}
-              for a, b in itertools.combinations(runs, 2)}
-    print("\nat equal accuracy, where it is passed for the last time")
-    print("  alpha   " + "".join(f"{name:>27}" for name in readings))
-    for alpha, row in [*alphas.items(), *paired.items()]:
-        print(f"{alpha:>9} " + "".join(f"{common.cell(row[name]):>27}" for name in readings))
-    return {"alphas": alphas, "paired": paired}
+def watch(images, name, inside, seed, o):
+    """The cells of one set that a probe evaluates, one after the other: {"x", "y", "sizes" of the four}."""
+    cells = choose_cells(images[f"y_{name}"][inside], images[f"attribute_{name}"][inside], o.group_size, seed,
+                         "test" if name == "test" else "training")
+    index = inside[np.concatenate(list(cells.values()))]
+    return {"x": common.on_device(images[f"x_{name}"][index], o), "sizes": [len(members) for members in cells.values()],
+            "y": torch.as_tensor(images[f"y_{name}"][index], device=o.device)}
 
 
-def summarise(o, runs, classes):
-    """Tables at equal mean training loss and at equal accuracy; prints and returns them."""
-    levels = common.loss_levels(classes, *o.levels)
-    summary = common.summarise(runs, COLUMNS, levels)
-    shown = ["gap", "against_acc", "worst_test_acc", "test_acc"]
-    shown += ["test_acc_reweighted"] if o.dataset == "waterbirds" else ["with_acc"]  # the literature's "average"
-    print("\nwith, against: the cells with and against the correlation; gap: loss against minus loss with")
-    for alpha, part in summary["alphas"].items():
-        common.print_table(f"alpha = {alpha}, at equal mean training loss", part, shown, levels)
-    for pair, part in summary["paired"].items():
-        common.print_table(f"alpha = {pair}, paired by seed (95 % interval from three seeds on)", part, shown[:4],
-                           levels)
+# What came out.
+
+
+def quantities(curve):
+    """What is compared at equal loss, from the smoothed curves of one run."""
+    result = {"gap": curve["against_loss"] - curve["with_loss"]}
+    for key in ("with_loss", "against_loss", "with_acc", "against_acc", "worst_train_acc", "test_with_acc",
+                "test_against_acc", "worst_test_acc", "test_acc", "test_acc_reweighted"):
+        result[key] = curve[key]
+    return result
+
+
+def conclude(o, runs):
+    """Print a table a claim and return the summary."""
+    summary = common.summarise(runs, quantities, common.loss_levels(runs, o.levels))
+    print("\nwith, against: the cells with and against the correlation")
+    common.print_claim("Gap, loss of the cells against minus loss of those with, at equal mean training loss", summary, "gap")
+    common.print_claim("Accuracy of the worst test cell at equal mean training loss", summary, "worst_test_acc")
     summary["at_equal_accuracy"] = at_equal_accuracy(o, runs)
+    common.print_linearity(summary)
+    summary["conclusion"] = common.sentence(
+        runs, summary, "gap", "At equal mean training loss {level} the loss against the correlation is above that with it by",
+        "the rich network leans on the spurious attribute more, as in the paper",
+        "the rich network leans on the spurious attribute less, against the paper")
     return summary
 
 
-def trajectory(ax, seeds, x, y, **style):
-    """y against x in the order of training: each run thin, and their mean at equal training loss."""
-    runs = [np.array([(-r["mean_train_loss"], r[x], r[y]) for r in records if r["mean_train_loss"] is not None]).T
-            for records in seeds]
-    progress = [np.maximum.accumulate(run[0]) for run in runs]
-    grid = np.linspace(max(p[0] for p in progress), min(p[-1] for p in progress), 100)
-    if len(runs) > 1:
-        for _, u, v in runs:
-            ax.plot(u, v, color=style["color"], linewidth=.6, alpha=.4)
-        runs = [(grid, *(np.mean([np.interp(grid, p, run[k]) for p, run in zip(progress, runs)], 0) for k in (1, 2)))]
-    ax.plot(*runs[0][1:], **style)
+def at_equal_accuracy(o, runs):
+    """The paper's readings: accuracy against the correlation where that with it passes a level, on training and on test
+    images; test accuracy at a training accuracy; the end. Per alpha over seeds, and paired by seed."""
+    values = {}
+    for alpha, seed in common.pairs_of(runs):
+        curve, last = common.curve(runs[alpha][seed]), runs[alpha][seed][-1]
+        row = values[alpha, seed] = {}
+        for level in (.8, .9, .95):
+            for start in ("", "test_"):
+                row[f"{start}against at {start}with {level}"] = common.value_at_accuracy(
+                    level, curve[f"{start}with_acc"], curve[f"{start}against_acc"])
+        level = .85 if o.dataset == "celeba" else .9
+        row[f"test at train {level}"] = common.value_at_accuracy(level, curve["mean_train_acc"], curve["test_acc"])
+        row["against at the end"], row["test at the end"] = last["against_acc"], last["test_acc"]
+    names, table = list(row), {"alphas": {}, "paired": {}}
+    for alpha, seeds in runs.items():
+        table["alphas"][f"{alpha:g}"] = {name: common.spread([values[alpha, s][name] for s in seeds]) for name in names}
+    for a, b in itertools.combinations(runs, 2):
+        both = [seed for seed in runs[a] if seed in runs[b]]
+        row = table["paired"][f"{a:g} - {b:g}"] = {}
+        for name in names:
+            row[name] = common.spread([common.minus(values[a, s][name], values[b, s][name]) for s in both], interval=True)
+    largest = f"{max(runs):g}"
+    shown = {**{f"alpha = {a}": row for a, row in table["alphas"].items()},
+             **{pair: row for pair, row in table["paired"].items() if pair.endswith(f" - {largest}")}}
+    rows = {name: {column: row[name] for column, row in shown.items()} for name in names}
+    common.print_table("Accuracy at equal accuracy", rows, list(shown))
+    return table
 
 
 def draw(o, runs):
-    """spurious.png: the three panels of the paper's Figure 4, and what a user wants to know first, the worst group."""
+    """spurious.png, the paper's Figure 4; spurious_curves.png: the worst test cell, and the runs against iterations."""
     from matplotlib.figure import Figure
-    major, minor = ("women", "men") if o.dataset == "celeba" else ("with the correlation", "against it")
-    figure = Figure(figsize=(8.3, 7.4), layout="constrained")
-    (a, b), (c, d) = figure.subplots(2, 2)
-    panels = ((a, "with_acc", f"training accuracy, {major}", "against_acc", f"training accuracy, {minor}"),
-              (b, "test_with_acc", f"test accuracy, {major}", "test_against_acc", f"test accuracy, {minor}"),
-              (c, "mean_train_acc", "training accuracy", "test_acc", "test accuracy, cells weighted equally"))
-    for colour, (alpha, seeds) in zip(itertools.cycle(common.COLOURS), runs.items()):
-        style = dict(color=colour, label=common.alpha_label(alpha))
-        for ax, x, _, y, _ in panels:
-            trajectory(ax, seeds.values(), x, y, **style)
-        common.band(d, seeds.values(), lambda r: r["mean_train_loss"], lambda r: r["worst_test_acc"], **style)
-    for ax, _, x_label, _, y_label in panels:
-        ax.set(xlabel=x_label, ylabel=y_label)
-    for ax in (a, b):
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    losses, train, test = figure.subplots(1, 3)
+    for alpha, seeds in runs.items():
+        colour = common.colour(alpha)
+        common.draw_band(losses, seeds, "mean_train_loss", "against_loss", color=colour, linestyle="-")
+        common.draw_band(losses, seeds, "mean_train_loss", "with_loss", color=colour, linestyle="--")
+        for ax, start in ((train, ""), (test, "test_")):
+            common.draw_band(ax, seeds, f"{start}with_acc", f"{start}against_acc", common.value_at_accuracy, color=colour)
+    major, minor = ("women", "men") if o.dataset == "celeba" else ("with", "against")
+    losses.set(title="Loss at equal training loss", xlabel="mean training loss (training: to the right)", ylabel="loss")
+    losses.invert_xaxis()
+    common.legend_below(losses, runs, {f"cells {minor} the correlation": "-", f"cells {major} it": "--"})
+    for ax, name in ((train, "Training"), (test, "Test")):
+        ax.set(title=f"{name} accuracy at equal accuracy", xlabel=f"accuracy of the cells {major}",
+               ylabel=f"accuracy of the cells {minor}", xlim=(.5, 1.01))
         ax.axline((.5, .5), slope=1, color="#999999", linestyle=":", linewidth=1)  # both groups equally well
-    d.set(xlabel="mean training loss (training goes to the right)", ylabel="accuracy of the worst test cell")
-    d.invert_xaxis()
-    a.legend()
+        common.legend_below(ax, runs, {})
     common.save_figure(figure, o.out, "spurious")
 
+    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
+    worst, time = figure.subplots(1, 2)
+    for alpha, seeds in runs.items():
+        colour = common.colour(alpha)
+        common.draw_band(worst, seeds, "mean_train_loss", "worst_test_acc", color=colour)
+        common.draw_band(time, seeds, "iteration", "against_loss", common.at_iteration, color=colour, linestyle="-")
+        common.draw_band(time, seeds, "iteration", "with_loss", common.at_iteration, color=colour, linestyle="--")
+    worst.set(title="Worst test cell", xlabel="mean training loss (training: to the right)", ylabel="accuracy")
+    worst.invert_xaxis()
+    time.set(title="Against iterations: no fair comparison", xscale="symlog", xlim=(1, None), xlabel="iteration", ylabel="loss")
+    common.legend_below(worst, runs, {})
+    common.legend_below(time, runs, {f"cells {minor} the correlation": "-", f"cells {major} it": "--"})
+    common.save_figure(figure, o.out, "spurious_curves")
 
-def main(argv=None, **options):
-    """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
+
+def main(**options):
+    """Train, conclude and draw, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
     the summary; raises ValueError or OSError for bad input."""
-    o = common.parse(make_parser(), QUICK, argv, options)
-    if not o.draw_only:
-        o.lr = o.lr or (.001 if o.dataset == "waterbirds" and not o.from_scratch else .01)
-        images = load(o)
-        check_memory(images, o)
-    data = {}  # of the seed at hand, for all its alphas: the images may have to be read from files
-
-    def run_one(alpha, seed):
-        if seed not in data:
-            data.clear()
-            data[seed] = prepare(images, seed, o)
-        return run(alpha, seed, images, data[seed], o)
-
-    return common.sweep(o, run_one, summarise, draw)
+    o = common.options("spurious", OPTIONS, QUICK, options, __file__)
+    pretrained = o.dataset == "waterbirds" and not o.from_scratch
+    o.lr = o.lr or {"dominoes": .002, "waterbirds": .001 if pretrained else .01}.get(o.dataset, .01)
+    if o.dataset in ("celeba", "waterbirds"):
+        o.jobs = o.jobs or 1  # each process holds all images
+    return common.sweep(o, load, run, conclude, draw)
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    common.command_line("spurious", main, OPTIONS, QUICK, __doc__)

@@ -1,36 +1,25 @@
 """Figure 1 of "Lazy vs hasty": a hundred small networks on a two-dimensional task with easy and hard regions.
 
-    python toy.py --quick                       fewer runs, larger steps: the same picture in 9 seconds
+    python toy.py --quick                       fewer runs, larger steps: the same picture in seconds
     python toy.py                               the paper's figure
     python toy.py --alpha 1 100 inf             with the exactly linear limit
-    python toy.py --animate                     also toy.gif: how one run's decision function grows
+    python toy.py --alpha 1 10 100 --animate    also toy.gif: what one network predicts at equal training losses
 
 The claim: at equal training loss the rich network (alpha = 1) has a larger loss than the lazy one (alpha = 100) inside
 the two discs, the hard examples, and a smaller one outside, on the easy ones.
 
-The paper's figure took 1 minute 53 seconds on two CPU cores (2026-11-24).
-It ends with
-
-    median iterations to a training loss, and how many runs reached it
-      alpha = 1      ...  0.5: 130 (100/100)  0.4: 158 (100/100)  0.3: 232 (100/100)  ...
-      alpha = 100    ...  0.5: 1469 (100/100)  0.4: 4300 (100/100)  0.3: 11866 (97/100)  ...
-
-    test loss in the discs and outside, alpha = 1 minus 100, paired by run (95 % interval)
-      loss                inside_loss             outside_loss
-       0.5       0.043 [0.036, 0.051]  -0.024 [-0.027, -0.021]
-       0.4       0.131 [0.115, 0.147]  -0.046 [-0.050, -0.042]
-       0.3       0.263 [0.238, 0.287]  -0.036 [-0.041, -0.031]
+DOCTIME
 """
 import io
+import json
 import math
 import os
 import pathlib
-import time
+import types
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 
@@ -39,36 +28,43 @@ POINTS = 100  # training examples of a run
 SIDE = 60  # the test grid has SIDE x SIDE points
 LEVELS = [.6, .5, .4, .3, .2, .1]  # training losses at which runs are compared
 MAPS = [.5, .4, .3]  # those of the figure's maps
+FRAMES = [k / 100 for k in range(68, 9, -2)]  # those of the animation
+MEASURED = ["test_loss", "test_acc", "inside_loss", "outside_loss", "sign_similarity", "repr_alignment",
+            "repr_alignment_gram", "ntk_alignment", "target_alignment", "linearisation_error", "update_noise"]
 TASKS = {"yinyang": ([(-.5, .5), (.5, -.5)], .3), "yinyang2": ([(-.5, .5), (-.5, -.5)], .3),  # centres, radius of discs
          "disk": ([(0, 0)], math.sqrt(2 / math.pi)), "disk_flip": ([(0, 0)], math.sqrt(2 / math.pi))}
-
-
-def make_parser():
-    p = common.parser(__doc__, "toy", lr=.1, width=60, seeds=None, dataset=None, data_dir=None, momentum=None,
-                      batch_size=None, epochs=None, stop_loss=None, subset=None, levels=None, checkpoint_seconds=None)
-    whole = common.number(int, least=1)
-    p.add_argument("--runs", type=whole, default=100, help="networks per alpha, each with its own data")
-    p.add_argument("--task", choices=list(TASKS), default="yinyang", help="where which label is")
-    p.add_argument("--extra-dims", type=common.number(int, least=0), default=5, help="inputs that mean nothing")
-    p.add_argument("--iterations", type=whole, default=25000, help="at most so many steps of gradient descent")
-    p.add_argument("--chunk", type=whole, default=25, help="runs trained at once, and the unit of resuming; "
-                   "more on a GPU")
-    p.add_argument("--animate", action="store_true", help="write toy.gif: the decision function of run 0 as it learns")
-    return p
+OPTIONS = {
+    "runs": ("what to run", 100, "at least 1", "networks per alpha, each with its own data"),
+    "chunk": ("what to run", 25, "at least 1", "runs trained at once, and the unit of resuming; more on a GPU"),
+    "animate": ("what to run", False, None, "also write toy.gif: what run 0 predicts as it learns"),
+    "task": ("training", "yinyang", list(TASKS), "where which label is"),
+    "extra_dims": ("training", 5, "at least 0", "inputs that mean nothing"),
+    "iterations": ("training", 25000, "at least 1", "at most so many steps of gradient descent"),
+    "lr": ("training", .1, "above 0", "learning rate, before the division by alpha^2"),
+    "width": ("training", 60, "at least 1", "units of each of the three hidden layers"),
+}
+for name in ("seeds", "dataset", "data_dir", "momentum", "batch_size", "epochs", "stop_loss", "subset", "group_size",
+             "levels", "checkpoint_seconds"):
+    OPTIONS[name] = None  # shared options that are none of ours
 
 
 def label(task, x):
     """x (..., 2 or more) -> label +1 or -1 (...), and whether x lies inside a disc (...): for yin-yang, is hard."""
     centres, radius = TASKS[task]
-    inside = sum((x[..., 0] - a)**2 + (x[..., 1] - b)**2 < radius**2 for a, b in centres) > 0
-    positive = inside if task == "disk" else inside != (x[..., 1] > 0)
-    return positive * 2. - 1, inside
+    x1, x2 = x[..., 0], x[..., 1]
+    inside = torch.zeros_like(x1, dtype=torch.bool)
+    for c1, c2 in centres:
+        inside |= (x1 - c1)**2 + (x2 - c2)**2 < radius**2
+    positive = inside ^ (x2 > 0)  # the sign of x2, flipped inside
+    if task == "disk":
+        positive = inside
+    return torch.where(positive, 1.0, -1.0).to(x.dtype), inside
 
 
 def points(run, o):
-    """What a run's seed fixes for every alpha, in float64 on the CPU: training examples (POINTS, d), the probe's
-    (o.probe_examples, d), and the test grid (SIDE^2, d), whose first two columns are the same in every run and the rest
-    drawn."""
+    """What a run's seed fixes for every alpha, in float64 on the CPU: training examples (POINTS, d), the linearity
+    measures' (o.probe_examples, d), and the test grid (SIDE^2, d), whose first two columns are the same in every run
+    and the rest drawn."""
     def draw(what, n):
         return 2 * torch.rand(n, 2 + o.extra_dims, generator=common.generator(what, run), dtype=torch.float64) - 1
 
@@ -83,403 +79,523 @@ def network(run, o):
         return common.mlp([2 + o.extra_dims, o.width, o.width, o.width, 1]).to(o.device, o.dtype)
 
 
-class Batch:
-    """R runs trained as one: weights (R, out, in), biases (R, out, 1), examples x (R, d, N), labels y (R, 1, N).
+def loss_of(f, y):
+    """The logistic loss of each example, from outputs f and labels y, +1 or -1, of one shape."""
+    return F.softplus(-y * f)
 
-    Examples are columns: CPU matrix products are fastest with the long side last, above all those of the last layer,
-    whose other side is 1. The backward pass is written by hand: on two CPU cores autograd on the same batched products
-    takes 30 % longer and torch.func's vmap 2.2 times as long; and it serves the linear limit unchanged. 25 runs are a
-    few megabytes, which stay in cache.
-    """
+
+# Training, R runs as one: examples x (R, d, N) are columns, because a CPU multiplies fastest with the long side last.
+
+
+def forward(theta, x):
+    """f_theta(x) of R networks, each on its own examples, (R, 1, N); and what each layer received, [(R, inputs, N)].
+    theta: weights (R, outputs, inputs) and biases (R, outputs, 1) in turn."""
+    inputs = [x]
+    for W, b in zip(theta[:-2:2], theta[1:-2:2]):
+        inputs.append(torch.baddbmm(b, W, inputs[-1]).relu())
+    W, b = theta[-2:]
+    return torch.baddbmm(b, W, inputs[-1]), inputs
+
+
+def tangent(theta0, inputs0, delta):
+    """grad f_theta0(x) . delta of R networks, (R, 1, N), by the product rule: a layer's delta acts on the inputs that
+    theta0 gives it, and what comes from below passes through theta0's ReLUs and weights."""
+    t = torch.baddbmm(delta[1], delta[0], inputs0[0])
+    for h, W0, W, b in zip(inputs0[1:], theta0[2::2], delta[2::2], delta[3::2]):
+        t = torch.ops.aten.threshold_backward(t, h, 0)  # t where the ReLU was active, else 0
+        t = torch.baddbmm(torch.baddbmm(b, W, h), W0, t)
+    return t
+
+
+class Batch:
+    """R runs trained as one: x (R, d, N), labels y (R, 1, N). What trains is self.theta, the weights and biases (see
+    forward), or at alpha = inf, in the same shapes, delta = alpha (theta - theta0), which starts at 0."""
 
     def __init__(self, runs, alpha, o):
         self.runs, self.alpha, self.lr = list(runs), alpha, o.lr
-        layers = zip(*([m for m in network(run, o) if isinstance(m, nn.Linear)] for run in runs))
-        theta = [[torch.stack([m.weight.detach() for m in same]),
-                  torch.stack([m.bias.detach()[:, None] for m in same])] for same in layers]
-        self.W, self.b = map(list, zip(*theta))
-        x = torch.stack([points(run, o)[0] for run in runs]).to(o.device, o.dtype)
-        self.x, self.y = x.mT.contiguous(), label(o.task, x)[0][:, None].to(o.dtype)
-        self.f0 = self.network()  # never changes: computed once
-        self.W0 = []
-        if alpha == math.inf:  # theta stays at theta0, and with it the layers' inputs h; the displacement trains
-            self.W0, self.W, self.b = self.W, *([torch.zeros_like(t) for t in ts] for ts in (self.W, self.b))
-
-    def network(self):
-        """The raw f_theta(x), (R, 1, N); keeps the input of every layer in self.h."""
-        self.h = [self.x]
-        for W, b in zip(self.W[:-1], self.b[:-1]):
-            self.h.append(torch.baddbmm(b, W, self.h[-1]).relu_())
-        return torch.baddbmm(self.b[-1], self.W[-1], self.h[-1])
-
-    def tangent(self):
-        """grad f_theta0(x) . delta, (R, 1, N), by the product rule: each layer's delta acts on the inputs that theta0
-        gives, and passes through theta0's weights and theta0's ReLU pattern from there on."""
-        t = torch.baddbmm(self.b[0], self.W[0], self.h[0])
-        for h, W0, W, b in zip(self.h[1:], self.W0[1:], self.W[1:], self.b[1:]):
-            t = torch.baddbmm(b, W0, relu_backward(t, h)).baddbmm_(W, h)
-        return t
-
-    def outputs(self):
-        """f^a(x) = a (f(x) - f0(x)), (R, 1, N)."""
-        return self.tangent() if self.alpha == math.inf else self.alpha * (self.network() - self.f0)
-
-    def step(self, slope):
-        """One step of gradient descent, given slope = d loss / d f^a, (R, 1, N), at the outputs just computed."""
-        if self.alpha == math.inf:
-            g, step, through = slope, self.lr, self.W0
+        self.theta0 = []
+        for same in zip(*(network(run, o).parameters() for run in runs)):  # a parameter of every run
+            stacked = torch.stack(same).detach()
+            self.theta0.append(stacked.view(len(runs), len(same[0]), -1))
+        x = torch.stack([points(run, o)[0] for run in runs]).to(o.device, o.dtype)  # (R, N, d)
+        self.x, self.y = x.mT.contiguous(), label(o.task, x)[0][:, None]
+        self.f0, self.inputs0 = forward(self.theta0, self.x)  # never change: computed once
+        if alpha == math.inf:
+            self.theta = [torch.zeros_like(p).requires_grad_() for p in self.theta0]
         else:
-            g, step, through = self.alpha * slope, self.lr / self.alpha**2, self.W
-        for k in reversed(range(len(self.W))):  # g: d loss / d (what layer k returns)
-            below = relu_backward(through[k].mT @ g, self.h[k]) if k else None  # before W changes
-            self.W[k].baddbmm_(g, self.h[k].mT, alpha=-step)
-            self.b[k].sub_(g.sum(2, keepdim=True), alpha=step)
-            g = below
+            self.theta = [p.clone().requires_grad_() for p in self.theta0]
+
+    def loss(self):
+        """The training loss of every run, (R,)."""
+        if self.alpha == math.inf:
+            f = tangent(self.theta0, self.inputs0, self.theta)
+        else:
+            f = self.alpha * (forward(self.theta, self.x)[0] - self.f0)
+        return loss_of(f, self.y).mean((1, 2))
+
+    def step(self, loss):
+        """One step of gradient descent. A run's loss depends on its own weights alone, so the sum has every gradient."""
+        lr = self.lr if self.alpha == math.inf else self.lr / self.alpha**2
+        loss.sum().backward()
+        with torch.no_grad():
+            for p in self.theta:
+                p.sub_(p.grad, alpha=lr)
+                p.grad = None
 
     def keep(self, places):
-        """Drop the runs that are not in `places`."""
-        self.runs = [self.runs[i] for i in places]
+        """Drop the runs that are not at `places`; what trains goes on in fresh leaves."""
+        self.runs = [self.runs[place] for place in places]
         self.x, self.y, self.f0 = self.x[places], self.y[places], self.f0[places]
-        self.W, self.b, self.W0, self.h = ([t[places] for t in list_] for list_ in (self.W, self.b, self.W0, self.h))
+        self.theta0, self.inputs0 = [p[places] for p in self.theta0], [h[places] for h in self.inputs0]
+        self.theta = [p.detach()[places].requires_grad_() for p in self.theta]
 
     @torch.no_grad()
-    def copy_into(self, centered, i):
-        """Put run i's parameters into the plain network of common.center: what is measured there is one network's."""
-        stacked = [t for layer in zip(self.W, self.b) for t in layer]
-        for p, t in zip((p for p in centered.parameters() if p.requires_grad), stacked):
-            p.copy_(t[i].view(p.shape))
+    def copy_into(self, parameters, place):
+        """Put what trains in the run at `place` into the parameters of a plain network."""
+        for parameter, p in zip(parameters, self.theta):
+            parameter.copy_(p[place].view_as(parameter))
 
 
-def relu_backward(g, h):
-    """g where the ReLU that returned h was active, else 0: one pass over memory instead of the two of g * (h > 0)."""
-    return torch.ops.aten.threshold_backward(g, h, 0)
+def train(runs, alpha, o, levels, curves):
+    """Full-batch gradient descent, all `runs` at once, until each has reached the last of `levels` or o.iterations.
 
-
-@torch.no_grad()
-def train(runs, alpha, o, levels, crossing, progress):
-    """Full-batch gradient descent on the logistic loss, all `runs` at once, to the last of `levels` or o.iterations.
-
-    crossing(batch, i, level, iteration, loss): called for the run at place i at the first iteration whose training loss
-    is <= level; iteration n is the network after n steps, so 0 is theta0. Returns {run: training loss at curve_marks,
-    nan after its end} and {run: {"iteration", "train_loss", "ended"}}.
+    Yields (batch, place, record) for the run at that place of the batch: at the first iteration whose training loss is
+    at or below a level, and at its end. Iteration n is the network after n steps, so 0 is theta0. curves: {run: list}
+    that training losses at curve_marks are added to.
     """
-    batch, ahead, ends = Batch(runs, alpha, o), {run: list(levels) for run in runs}, {}
-    marks = {n: k for k, n in enumerate(curve_marks(o.iterations))}
-    curves = {run: np.full(len(marks), np.nan, np.float32) for run in runs}
-    goal = lambda: torch.tensor([ahead[run][0] for run in batch.runs], dtype=o.dtype, device=o.device)
-    wanted = goal()
+    batch, ahead = Batch(runs, alpha, o), {run: list(levels) for run in runs}
+    progress = common.Progress(f"alpha={alpha:g} runs {runs[0]} to {runs[-1]}", o.iterations)
+    marks, next_level = set(curve_marks(o.iterations)), math.inf
     for iteration in range(o.iterations + 1):
-        margin = batch.y * batch.outputs()
-        loss = F.softplus(-margin).mean((1, 2))  # (R,)
+        loss = batch.loss()
         if iteration in marks:
-            for run, value in zip(batch.runs, loss.float().tolist()):
-                curves[run][marks[iteration]] = value
+            for run, value in zip(batch.runs, loss.tolist()):
+                curves[run].append(value)
         if iteration % 50 == 0:
-            progress.status(iteration, loss.mean().item())
+            progress.status(iteration, f"iteration {iteration}  loss {loss.mean().item():.4f}")
         last = iteration == o.iterations
-        if last or not (loss > wanted).all():  # also at nan; the only wait for a GPU in most steps
-            for i, (run, value) in enumerate(zip(batch.runs, loss.tolist())):
+        if last or not (loss > next_level).all():  # also at nan; on a GPU the only wait of most steps
+            stay = []
+            for place, (run, value) in enumerate(zip(batch.runs, loss.tolist())):
+                record = {"run": run, "level": None, "iteration": iteration, "train_loss": value}
                 while ahead[run] and value <= ahead[run][0]:
-                    crossing(batch, i, ahead[run].pop(0), iteration, value)
-                finite = math.isfinite(value)
-                if last or not finite or not ahead[run]:
-                    why = "diverged" if not finite else "loss" if not ahead[run] else "iterations"
-                    ends[run] = {"iteration": iteration, "train_loss": value, "ended": why}
-            stay = [i for i, run in enumerate(batch.runs) if run not in ends]
+                    yield batch, place, {**record, "level": ahead[run].pop(0)}
+                ended = why_ended(value, ahead[run], last)
+                if ended:
+                    yield batch, place, {**record, "ended": ended}
+                else:
+                    stay.append(place)
             if not stay:
-                return curves, ends
+                return
             if len(stay) < len(batch.runs):
                 batch.keep(stay)
-                margin = margin[stay]
-            wanted = goal()
-        batch.step(-batch.y * torch.sigmoid(-margin) / POINTS)
+                loss = batch.loss()
+            next_level = torch.tensor([ahead[run][0] for run in batch.runs], dtype=o.dtype, device=o.device)
+        batch.step(loss)
+
+
+def why_ended(loss, levels_ahead, last):
+    """The reason why a run is over, or None while it goes on."""
+    if not math.isfinite(loss):
+        return "diverged"
+    if not levels_ahead:
+        return "loss"
+    return "iterations" if last else None
 
 
 def curve_marks(iterations):
-    """The iterations at which the loss curves are kept: 0, and about 40 a decade."""
-    return sorted({0, iterations, *(round(10**(k / 40)) for k in range(int(40 * math.log10(iterations)) + 1))})
+    """The iterations at which the loss curves are kept, about 40 a decade."""
+    return np.unique(np.geomspace(1, iterations, 176).round().astype(int)).tolist()
 
 
 def watch(run, alpha, o):
-    """The plain network of one run, and measure() -> (its part of a record, test loss on the grid (SIDE, SIDE))."""
-    centered = common.center(network(run, o), alpha)
-    x, probe_x, grid = (x.to(o.device, o.dtype) for x in points(run, o))
-    (y, _), (y_grid, inside) = label(o.task, x), label(o.task, grid)
-    linearity, optimizer = common.LinearityProbe(centered, probe_x), common.scaled_sgd(centered, o.lr)
+    """A plain network for one run, and what is looked at in it. Returns measure(batch, place) -> (a record's measures,
+    the loss on the test grid (SIDE, SIDE))."""
+    f = common.center(network(run, o), alpha)
+    optimizer = common.scaled_sgd(f, o.lr)
+    x, x_probe, x_grid = (x.to(o.device, o.dtype) for x in points(run, o))
+    y, (y_grid, inside) = label(o.task, x)[0], label(o.task, x_grid)
+    linearity = common.Linearity(f, x_probe, label(o.task, x_probe)[0])
 
-    def measure():
-        loss, correct = common.losses(centered(grid), y_grid > 0)
-        with torch.enable_grad():
-            train_loss = common.losses(centered(x), y > 0)[0].mean()
-            gradients = torch.autograd.grad(train_loss, optimizer.param_groups[0]["params"])
+    def step():
+        optimizer.zero_grad()
+        loss_of(f(x)[:, 0], y).mean().backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def measure(batch, place):
+        batch.copy_into(optimizer.param_groups[0]["params"], place)
+        f_grid = f(x_grid)[:, 0]  # (SIDE^2,)
+        loss, correct = loss_of(f_grid, y_grid), f_grid * y_grid > 0
         return {"test_loss": loss.mean().item(), "test_acc": correct.double().mean().item(),
-                "inside_loss": loss[inside].mean().item(), "outside_loss": loss[~inside].mean().item(), **linearity(),
-                "forward_noise": common.forward_noise(centered, probe_x[:32]),
-                "update_noise": common.update_noise(optimizer, gradients)}, loss.view(SIDE, SIDE).cpu()
+                "inside_loss": loss[inside].mean().item(), "outside_loss": loss[~inside].mean().item(),
+                **linearity(), "update_noise": common.update_noise(optimizer, step)}, loss.view(SIDE, SIDE).cpu()
 
-    return centered, measure
+    return measure
 
 
-def train_chunk(runs, alpha, o, progress):
-    """Train and measure some runs. Returns their records, and {run: (maps (MAPS, SIDE, SIDE), loss curve)}."""
-    records, watched = {run: [] for run in runs}, {}
+def train_chunk(runs, alpha, o):
+    """Train and measure some runs. Returns alpha, their records, and arrays {"runs": (R,), "maps": (R, MAPS, SIDE, SIDE)
+    test losses, "curves": (R, marks) training losses, nan after a run's end}."""
+    measures, records, curves = {}, [], {run: [] for run in runs}
     maps = {run: np.full((len(MAPS), SIDE, SIDE), np.nan, np.float16) for run in runs}
-
-    def crossing(batch, i, level, iteration, train_loss):
-        run = batch.runs[i]
-        if run not in watched:
-            watched[run] = watch(run, alpha, o)
-        centered, measure = watched[run]
-        batch.copy_into(centered, i)
-        entry, test_loss = measure()
-        records[run].append({"run": run, "level": level, "iteration": iteration, "train_loss": train_loss, **entry})
-        if level in MAPS:
-            maps[run][MAPS.index(level)] = test_loss
-
-    curves, ends = train(runs, alpha, o, LEVELS, crossing, progress)
-    lines = [r for run in runs for r in [*records[run], {"run": run, "level": None, **ends[run]}]]
-    return lines, {run: (maps[run], curves[run]) for run in runs}
-
-
-def run(alpha, o):
-    """Train the runs of one alpha, a chunk at a time; records go to OUT/alpha=ALPHA/log.jsonl, maps and loss curves of
-    every run to maps.npz. A chunk counts as done once it is in log.jsonl, which is written last and whole."""
-    folder = pathlib.Path(o.out) / f"alpha={alpha:g}"
-    options = {k: str(v) if k == "dtype" else v for k, v in vars(o).items() if k not in common.NOT_IDENTITY | {"chunk"}}
-    identity = {"alpha": f"{alpha:g}", **options, "data_crc32": common.crc32(*points(0, o)),
-                "theta0_crc32": common.crc32(*network(0, o).state_dict().values())}
-    with common.run_folder(o, folder, identity) as folder:
-        records, done = read_run(folder)
-        todo = [r for r in range(o.runs) if r not in done]
-        chunks = [todo[k:k + o.chunk] for k in range(0, len(todo), o.chunk)]
-        if not chunks:
-            print(f"{folder.name}: already finished")
-        for k, chunk in enumerate(chunks):
-            name, begin = f"{folder.name} runs {chunk[0]} to {chunk[-1]}", time.monotonic()
-            progress = common.Progress(name, (len(chunks) - k) * o.iterations, 0)
-            new, arrays = train_chunk(chunk, alpha, o, progress)
-            records, done, buffer = records + new, {**done, **arrays}, io.BytesIO()
-            maps, curves = map(np.stack, zip(*done.values()))
-            np.savez(buffer, runs=list(done), maps=maps, curves=curves)
-            common.write_atomically(folder / "maps.npz", buffer.getbuffer())
-            common.write_atomically(folder / "log.jsonl", b"".join(map(common.json_line, records)))
-            progress.done()
-            reached = "  ".join(f"{level:g}: {sum(r['level'] == level for r in new)}" for level in LEVELS)
-            print(f"{name:<26} {time.monotonic() - begin:6.0f} s   runs that reached a loss of  {reached}", flush=True)
-        for noise, limit in (("forward_noise", .01), ("update_noise", .02)):
-            typical = np.median([r[noise] or 0 for r in records if r["level"]] or [0])
-            if typical > limit:
-                print(f"{folder.name}: warning: rounding matters ({noise} {typical:.2g}, above {limit:g}): use "
-                      "--dtype float64, or --alpha inf for the limit")
+    for batch, place, record in train(runs, alpha, o, LEVELS, curves):
+        run, level = record["run"], record["level"]
+        if level is not None:
+            if run not in measures:
+                measures[run] = watch(run, alpha, o)
+            measured, test_loss = measures[run](batch, place)
+            record.update(measured)
+            if level in MAPS:
+                maps[run][MAPS.index(level)] = test_loss
+        records.append(record)
+    lines = np.full((len(runs), len(curve_marks(o.iterations))), np.nan, np.float32)
+    for line, curve in zip(lines, curves.values()):
+        line[:len(curve)] = curve
+    return alpha, records, {"runs": np.array(runs), "maps": np.stack(list(maps.values())), "curves": lines}
 
 
-def read_run(folder):
-    """The records of a run folder, and {run: (maps, loss curve)} of the runs that are done. ValueError: maps.npz is
-    damaged, or lacks one."""
+# The folders OUT/alpha=ALPHA: log.jsonl has a line for each run and crossing, and one for its end; maps.npz its arrays.
+
+
+def train_missing(o, data):
+    """Train the runs that --out does not hold yet. Under torchrun each process takes some of the alphas."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chunks = []
+    for alpha in o.alpha[rank::ranks]:
+        args = {"alpha": f"{alpha:g}", **common.identity(o, data)}
+        args["theta0_crc32"] = common.crc32(network(0, o).parameters())
+        _, arrays = read_run(common.run_folder(o, f"alpha={alpha:g}", args), o)
+        missing = [run for run in range(o.runs) if run not in arrays["runs"]]
+        for first in range(0, len(missing), o.chunk):
+            chunks.append((missing[first:first + o.chunk], alpha, o))
+        if not missing:
+            print(f"alpha={alpha:g}: already finished")
+    progress, done = common.Progress("toy", len(chunks)), 0
+
+    def look():
+        progress.status(done, f"{done} of {len(chunks)} chunks of runs are done")
+
+    for alpha, records, arrays in common.side_by_side(o, train_chunk, chunks, look):
+        store(pathlib.Path(o.out) / f"alpha={alpha:g}", records, arrays, o)
+        done += 1
+        progress.line(f"{done} of {len(chunks)} chunks of runs are done (alpha = {alpha:g})")
+
+
+def store(folder, new_records, new_arrays, o):
+    """Add a chunk to a folder. It counts as done once it is in log.jsonl, which is written last, and whole."""
+    records, arrays = read_run(folder, o)
+    arrays = {name: np.concatenate([arrays[name], new_arrays[name]]) for name in arrays}
+    order, buffer = np.argsort(arrays["runs"]), io.BytesIO()
+    np.savez(buffer, **{name: array[order] for name, array in arrays.items()})
+    common.write_atomically(folder / "maps.npz", buffer.getvalue())
+    lines = [common.json_line(record) for record in sorted(records + new_records, key=lambda record: record["run"])]
+    common.write_atomically(folder / "log.jsonl", b"".join(lines))
+
+
+def read_run(folder, o):
+    """The records and arrays (see train_chunk) of the runs in a folder that are done. ValueError: they are damaged."""
     records = common.read_log(folder / "log.jsonl")
-    done = [r["run"] for r in records if r["level"] is None]
-    if not done:
-        return [], {}
-    file = common.read_npz(folder / "maps.npz")
-    try:
-        arrays = {run: (maps.reshape(len(MAPS), SIDE, SIDE), curve.reshape(-1))
-                  for run, maps, curve in zip(file["runs"].tolist(), file["maps"], file["curves"])}
-        return records, {run: arrays[run] for run in done}  # without a chunk that did not get into log.jsonl
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{folder}/maps.npz does not fit log.jsonl; --fresh moves the run aside") from None
+    empty = {"runs": np.zeros(0, int), "maps": np.zeros((0, len(MAPS), SIDE, SIDE), np.float16),
+             "curves": np.zeros((0, len(curve_marks(o.iterations))), np.float32)}
+    if not records:
+        return [], empty
+    arrays = common.read_npz(folder / "maps.npz")
+    fit = set(arrays) == set(empty) and all(map(good_record, records))
+    for name in empty if fit else ():
+        shape = (arrays["runs"].size, *empty[name].shape[1:])
+        fit = fit and arrays[name].dtype == empty[name].dtype and arrays[name].shape == shape
+    done = [record["run"] for record in records if record["level"] is None]
+    logged = fit and np.isin(arrays["runs"], done)  # a chunk that did not get into log.jsonl is left out
+    if not fit or sorted(arrays["runs"][logged]) != sorted(done):
+        raise ValueError(f"{folder}: log.jsonl or maps.npz is damaged: choose another --out, or delete that folder")
+    return [r for r in records if r["run"] in done], {name: array[logged] for name, array in arrays.items()}
+
+
+def good_record(record):
+    """Whether a line of log.jsonl has what train_chunk writes: a crossing, or the end of a run."""
+    keys = {"run", "level", "iteration", "train_loss", "ended"}
+    if record.get("level") is not None:
+        keys = {"run", "level", "iteration", "train_loss", *MEASURED}
+    return (set(record) == keys and record["level"] in [None, *LEVELS]
+            and None not in (record["run"], record["iteration"]))
 
 
 def read_runs(o):
-    """{alpha: (records, {run: (maps, curve)})} of what --out holds. The task is then what their args.json say.
-    ValueError: there is nothing, or not of one task."""
-    found, args = {}, []
-    for alpha in sorted(o.alpha):
-        folder = pathlib.Path(o.out) / f"alpha={alpha:g}"
-        records, arrays = read_run(folder)
+    """{alpha: namespace of at {level: {run: record}}, ends {run: record}, maps {run: (MAPS, SIDE, SIDE)} and curves
+    (R, marks)} of all that --out holds, ascending."""
+    found = {}
+    for path in pathlib.Path(o.out).glob("alpha=*/log.jsonl"):
+        records, arrays = read_run(path.parent, o)
+        at = {level: {} for level in [*LEVELS, None]}
+        for record in records:
+            at[record["level"]][record["run"]] = record
         if records:
-            found[alpha] = records, arrays
-            args.append({**common.read_args(folder)["run"], "alpha": None})
-            if args[-1] != args[0]:
-                raise ValueError(f"{o.out}: the alphas there differ in task or options: choose another --out")
+            found[float(path.parent.name.removeprefix("alpha="))] = types.SimpleNamespace(
+                at=at, ends=at.pop(None), maps=dict(zip(arrays["runs"].tolist(), arrays["maps"])), curves=arrays["curves"])
     if not found:
-        raise ValueError(f"{o.out}: no records of alpha {[f'{a:g}' for a in o.alpha]}")
-    o.task, o.extra_dims, o.iterations = (args[0][key] for key in ("task", "extra_dims", "iterations"))
-    o.what = {key: value for key, value in args[0].items() if key not in ("alpha", "theta0_crc32")}
-    return found
+        raise ValueError(f"{o.out} (--out): there are no records of runs")
+    return dict(sorted(found.items()))
 
 
-def reached(found, level, *alphas):
-    """[(record under the first alpha, under the second, ...)] of the runs that reached `level` under all of them."""
-    at = [{r["run"]: r for r in found[alpha][0] if r["level"] == level} for alpha in alphas]
-    return [tuple(records[run] for records in at) for run in at[0] if all(run in records for records in at)]
+# The conclusion, at equal training loss.
+
+
+def rich_and_lazy(found):
+    """The two alphas that maps and conclusion compare: 1, or else the smallest, and the largest."""
+    lazy = max(found)
+    return (1.0 if 1 in found and lazy > 1 else min(found)), lazy
+
+
+def in_both(found, level, a, b):
+    """[(record under alpha a, record under b)] of the runs that reached a level under both."""
+    return [(record, found[b].at[level][run]) for run, record in found[a].at[level].items() if run in found[b].at[level]]
 
 
 def mean_difference(found, level, a, b):
-    """The mean map of test loss at `level`, alpha a minus alpha b: (SIDE, SIDE), or None if no run reached it."""
-    k, runs = MAPS.index(level), [p["run"] for p, _ in reached(found, level, a, b)]
-    maps = [found[a][1][run][0][k].astype(float) - found[b][1][run][0][k] for run in runs]
-    return np.mean(maps, 0) if runs else None
+    """The mean map of test loss at a level, alpha a minus alpha b, (SIDE, SIDE), over the runs that reached it."""
+    k = MAPS.index(level)
+    maps = [found[a].maps[r["run"]][k].astype(float) - found[b].maps[r["run"]][k] for r, _ in in_both(found, level, a, b)]
+    return np.nan_to_num(np.mean(maps, 0))
 
 
-LINEARITY = ["ntk_alignment", "sign_similarity", "repr_alignment", "repr_alignment_gram", "linearisation_error"]
-LOSSES = ["inside_loss", "outside_loss", "test_loss", "test_acc"]
-
-
-def summarise(o, found):
-    """Tables at equal training loss, over the runs that reached it; prints and writes them."""
-    summary = {"alphas": {}, "paired": {}}
-    for alpha, (_, done) in found.items():
-        levels = {}
+def summarise(found):
+    """Every alpha at every level, over the runs that reached it; and minus the largest alpha, paired by run."""
+    summary, largest = {"alphas": {}, "paired": {}, "diverged": []}, max(found)
+    for alpha, results in found.items():
+        levels, differences = {}, {}
         for level in LEVELS:
-            records = [r for r, in reached(found, level, alpha)]
+            records, pairs = list(results.at[level].values()), in_both(found, level, alpha, largest)
             if records:
-                levels[f"{level:g}"] = {"reached": len(records), "of": len(done),
-                                        "median_iteration": float(np.median([r["iteration"] for r in records])),
-                                        **{key: common.spread([r[key] for r in records]) for key in LOSSES + LINEARITY}}
-        part = summary["alphas"][f"{alpha:g}"] = {"levels": levels}
-        common.print_table(f"alpha = {alpha:g}, at equal training loss (mean over the runs that reached it)", part,
-                           LINEARITY, LEVELS)
-    print("\nmedian iterations to a training loss, and how many runs reached it")
-    for name, part in summary["alphas"].items():
-        print(f"  alpha = {name:<5}" + "".join(f"  {level}: {v['median_iteration']:.0f} ({v['reached']}/{v['of']})"
-                                             for level, v in part["levels"].items()))
-    for a, b in [(a, b) for a in found for b in found if a < b]:
-        levels = {}
-        for level in LEVELS:
-            pairs = reached(found, level, a, b)
+                row = {"reached": len(records), "of": len(results.ends),
+                       "median_iteration": float(np.median([record["iteration"] for record in records]))}
+                for key in MEASURED:
+                    row[key] = common.spread([record[key] for record in records])
+                levels[f"{level:g}"] = row
             if pairs:
-                cells = {key: common.spread([common.minus(p[key], q[key]) for p, q in pairs], True) for key in LOSSES}
-                largest = {"largest_on_map": float(mean_difference(found, level, a, b).max())} if level in MAPS else {}
-                levels[f"{level:g}"] = {**cells, **largest}
-        part = summary["paired"][f"{a:g} - {b:g}"] = {"levels": levels}
-        common.print_table(f"test loss in the discs and outside, alpha = {a:g} minus {b:g}, paired by run "
-                           "(95 % interval)", part, LOSSES[:2], LEVELS)
-    ends = {alpha: {r["run"]: [{"mean_train_loss": r["train_loss"]}] for r in records if r["level"] is None}
-            for alpha, (records, _) in found.items()}
-    return common.write_summary(o, ends, o.what, summary)
+                row = {}
+                for key in ("inside_loss", "outside_loss", "test_loss", "test_acc"):
+                    row[key] = common.spread([common.minus(one[key], other[key]) for one, other in pairs], interval=True)
+                if level in MAPS:
+                    row["largest_on_map"] = float(mean_difference(found, level, alpha, largest).max())
+                differences[f"{level:g}"] = row
+        summary["alphas"][f"{alpha:g}"] = {"levels": levels}
+        if alpha < largest:
+            summary["paired"][f"{alpha:g} - {largest:g}"] = {"levels": differences}
+        for run, end in results.ends.items():
+            if end["ended"] == "diverged":
+                summary["diverged"].append(f"alpha={alpha:g} run {run}")
+    return summary
+
+
+def conclude(o, found):
+    """Print a table for each claim, and what rounding did; write summary.json and return what it holds."""
+    summary = summarise(found)
+    summary["conclusion"] = verdict(o, found, summary)
+    summary["options"] = {"script": o.script, **common.identity(o, {})["options"]}
+    print("\nmedian iterations to a training loss, and how many runs reached it")
+    print(" " * 12 + "".join(f"{level:>16g}" for level in LEVELS))
+    for alpha, part in summary["alphas"].items():
+        line = f"{alpha:>12}"
+        for level in LEVELS:
+            cell = "-"
+            if f"{level:g}" in part["levels"]:
+                row = part["levels"][f"{level:g}"]
+                cell = f"{row['median_iteration']:.0f} ({row['reached']}/{row['of']})"
+            line += f"{cell:>16}"
+        print(line)
+    for pair, part in summary["paired"].items():
+        rows = {}
+        for level, row in part["levels"].items():
+            rows[level] = {"in the discs": row["inside_loss"], "outside": row["outside_loss"]}
+        common.print_table(f"test loss at equal training loss, alpha = {pair.replace('-', 'minus')}, paired by run: mean "
+                           "[95 % interval] (runs)", rows, ["in the discs", "outside"])
+    for alpha, results in found.items():
+        noise = [record["update_noise"] for at in results.at.values() for record in at.values()]
+        noise = [value for value in noise if value is not None]
+        if noise and np.median(noise) > .02:
+            print(f"\nalpha={alpha:g}: warning: rounding swallows part of each step (update_noise {np.median(noise):.2g}, "
+                  "median, above .02): use --dtype float64, or --alpha inf")
+    line = common.json_line(summary)
+    common.write_atomically(pathlib.Path(o.out) / "summary.json", line)
+    return json.loads(line)
+
+
+def verdict(o, found, summary):
+    """The conclusion in a sentence, at the lowest level that every run has under both alphas, or else the most runs."""
+    rich, lazy = rich_and_lazy(found)
+    counts = {level: len(in_both(found, level, rich, lazy)) for level in LEVELS}
+    most = max(counts.values())
+    if rich == lazy:
+        return "One alpha is no comparison: --alpha 1 100 makes one."
+    if most == 0:
+        return f"No run has reached a training loss of {LEVELS[0]:g} under both alphas yet: nothing is concluded."
+    level = min(level for level in LEVELS if counts[level] == most)
+    row = summary["paired"][f"{rich:g} - {lazy:g}"]["levels"][f"{level:g}"]
+    if "interval" not in (row["inside_loss"] or {}) or "interval" not in (row["outside_loss"] or {}):
+        return f"{most} runs reached {level:g} under both alphas, and an interval takes three: nothing is concluded."
+    inside, outside = row["inside_loss"], row["outside_loss"]
+    (low, high), (outside_low, outside_high) = inside["interval"], outside["interval"]
+    ending = "these runs do not show that rich networks hasten to the easy region"
+    if low > 0 > outside_high:
+        ending = "they hastened to the easy region, as in the paper"
+    if not o.task.startswith("yinyang"):
+        ending = "the paper's claim is about the yin-yang tasks, where the discs are the hard part"
+    return (f"At equal training loss {level:g} the test loss of the rich networks (alpha = {rich:g}) is "
+            f"{inside['mean']:.3f} [{low:.3f}, {high:.3f}] higher in the discs and {-outside['mean']:.3f} "
+            f"[{-outside_high:.3f}, {-outside_low:.3f}] lower outside than that of the lazy ones (alpha = {lazy:g}; {most} "
+            f"runs): {ending}.")
+
+
+# The pictures.
+
+PLANE = dict(extent=(-1, 1, -1, 1), origin="lower")  # of a map, for matplotlib
 
 
 def draw(o, found):
     """toy.png, the paper's Figure 1: task, training, and maps of the difference of test loss at equal training loss."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8.3, 5.6), layout="constrained")
-    top, bottom = figure.add_gridspec(2, 1)
-    task, training = map(figure.add_subplot, top.subgridspec(1, 2, width_ratios=[1, 1.9]))
-    panels = [figure.add_subplot(cell) for cell in bottom.subgridspec(1, len(MAPS))]
-
+    figure = Figure(figsize=(8.3, 5.9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    task, training = top.subplots(1, 2, width_ratios=[1, 1.9])
     axis = torch.linspace(-1, 1, 400)
     background, _ = label(o.task, torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
-    task.imshow(background.numpy(), cmap="RdBu_r", vmin=-4, vmax=4, extent=(-1, 1, -1, 1), origin="lower")
-    draw_points(task, o)
+    task.imshow(background.numpy(), cmap="RdBu_r", vmin=-4, vmax=4, **PLANE)
+    draw_task(task, o)
     task.set_title("(a) task, and one run's data", fontsize=10)
-
-    for colour, marker, (alpha, (records, arrays)) in zip(common.COLOURS, "osD^vP", found.items()):
-        style = dict(color=colour, marker=marker, markeredgecolor="white", markersize=7)
-        training.plot([], [], **style, label=common.alpha_label(alpha))
-        for _, curve in arrays.values():
-            training.plot(curve_marks(o.iterations)[1:], curve[1:], color=colour, linewidth=.5, alpha=.25)
-        for level in MAPS:
-            crossed = [r["iteration"] for r in records if r["level"] == level]
-            if crossed:
-                training.plot(np.median(crossed), level, **style)
-    for level in MAPS:
-        training.axhline(level, color="black", linewidth=.7, linestyle=":")
-    training.set(xscale="log", xlim=(1, o.iterations), ylim=(LEVELS[-1], .72), xlabel="iterations",
-                 ylabel="training loss")
-    training.set_title("(b) training; markers: median at the losses of (c), (d), (e)", fontsize=10)
-    training.legend(loc="lower left")
-
-    a, b = (1.0 if 1.0 in found else min(found)), max(found)
-    for ax, level, letter in zip(panels, MAPS, "cde"):
-        ax.set_title(f"({letter}) training loss {level:g}", fontsize=10)
-        mean = mean_difference(found, level, a, b)
-        if mean is not None and a != b:
-            most = abs(mean).max()
-            image = ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most, extent=(-1, 1, -1, 1), origin="lower")
-            figure.colorbar(image, ax=ax, shrink=.66, ticks=[-most, 0, most], format="%.2f")
-            draw_discs(ax, o)
-            ax.set_xlabel(f"mean of {len(reached(found, level, a, b))} runs")
-        else:
-            ax.text(0, 0, "needs two alphas" if a == b else "not reached by both", ha="center")
-    for ax in (task, *panels):
-        ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal", xlim=(-1, 1), ylim=(-1, 1))
-    panels[0].set_ylabel(f"test loss,\n{common.alpha_label(a)} minus {common.alpha_label(b)}")
+    draw_training(training, o, found)
+    draw_maps(bottom, o, found)
     common.save_figure(figure, o.out, "toy")
 
 
-def draw_discs(ax, o):
+def draw_task(ax, o, examples=True):
+    """The plane of x1 and x2 with the discs, and the training examples of run 0."""
     from matplotlib.patches import Circle
     centres, radius = TASKS[o.task]
     for centre in centres:
         ax.add_patch(Circle(centre, radius, fill=False, linewidth=.8, color="black"))
-
-
-def draw_points(ax, o):
     x = points(0, o)[0]
     y, _ = label(o.task, x)
     for sign, colour, marker in ((1, "#b2182b", "o"), (-1, "#2166ac", "^")):
-        ax.scatter(*x[y == sign, :2].T.numpy(), s=16, color=colour, marker=marker, edgecolors="white", linewidths=.5)
-    draw_discs(ax, o)
+        if examples:
+            ax.scatter(*x[y == sign, :2].T, s=16, color=colour, marker=marker, edgecolors="white", linewidths=.5)
+    ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal", xlim=(-1, 1), ylim=(-1, 1))
+
+
+def draw_training(ax, o, found):
+    """Training loss of every run against iterations, and where the median run reaches the losses of the maps."""
+    for k, (alpha, results) in enumerate(found.items()):
+        style = dict(color=common.colour(alpha), marker="osD^vP"[k % 6], markeredgecolor="white", markersize=7)
+        ax.plot([], [], **style, label=common.alpha_label(alpha))
+        ax.plot(curve_marks(o.iterations), results.curves.T, color=common.colour(alpha), linewidth=.5, alpha=.25)
+        for level in MAPS:
+            iterations = [record["iteration"] for record in results.at[level].values()]
+            if iterations:
+                ax.plot(np.median(iterations), level, **style)
+    for level in MAPS:
+        ax.axhline(level, color="black", linewidth=.7, linestyle=":")
+    ax.set(xscale="log", xlim=(1, o.iterations), ylim=(LEVELS[-1], .72), xlabel="iterations", ylabel="training loss")
+    ax.set_title("(b) training; markers: median at the losses of (c), (d), (e)", fontsize=10)
+    ax.legend(loc="lower left")
+
+
+def draw_maps(figure, o, found):
+    """Where on the plane the rich networks have the larger test loss, at equal training loss."""
+    rich, lazy = rich_and_lazy(found)
+    for ax, level, letter in zip(figure.subplots(1, len(MAPS)), MAPS, "cde"):
+        draw_task(ax, o, examples=False)
+        ax.set_title(f"({letter}) at training loss {level:g}", fontsize=10)
+        runs = len(in_both(found, level, rich, lazy))
+        if rich == lazy:
+            ax.text(0, 0, "needs two alphas", ha="center")
+        elif runs == 0:
+            ax.text(0, 0, "no run reached it\nunder both alphas", ha="center")
+        else:
+            mean = mean_difference(found, level, rich, lazy)
+            most = max(abs(mean).max(), 1e-6)
+            image = ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most, **PLANE)
+            figure.colorbar(image, ax=ax, shrink=.7, ticks=[-most, 0, most], format="%.2f")
+            ax.set_xlabel(f"mean of {runs} runs")
+    a, b = common.alpha_label(rich), common.alpha_label(lazy)
+    figure.suptitle(f"Test loss of {a} minus test loss of {b}.  Red: rich ({a}) has the larger loss; blue: lazy ({b}) has",
+                    fontsize=10)
 
 
 def animate(o):
-    """toy.gif: what run 0 predicts where the other inputs are 0, at the smallest and the largest alpha of the list, at
-    equal training losses."""
+    """toy.gif: what run 0 predicts where the other inputs are 0, under up to four alphas, at equal training losses."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
-    levels = [round(.68 - .02 * k, 2) for k in range(30)]  # .68 ... .1
-    flat = points(0, o)[2].to(o.device, o.dtype)
-    flat[:, 2:] = 0
-    frames = {}  # alpha -> level -> probability of label +1 on the grid
-    for alpha in sorted({min(o.alpha), max(o.alpha)}):
-        centered, frames[alpha] = common.center(network(0, o), alpha), {}
-
-        def crossing(batch, i, level, iteration, loss):
-            batch.copy_into(centered, i)
-            frames[alpha][level] = torch.sigmoid(centered(flat)).view(SIDE, SIDE).cpu().numpy(), iteration
-
-        progress = common.Progress(f"toy.gif, alpha={alpha:g}", o.iterations, 0)
-        train([0], alpha, o, levels, crossing, progress)
-        progress.done()
-    figure = Figure(figsize=(6.4, 3.7), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, len(frames), squeeze=False)[0]
+    alphas = o.alpha
+    if len(alphas) > 4:
+        alphas = [*alphas[:3], alphas[-1]]
+    at = dict(common.side_by_side(o, predictions, [(alpha, o) for alpha in alphas], lambda: None))
+    levels = [level for level in FRAMES if all(level in at[alpha] for alpha in alphas)]
+    if not levels:
+        raise ValueError("--animate: run 0 reaches no training loss below .68 under every alpha: more --iterations")
+    figure = Figure(figsize=(2.9 * len(alphas), 3.6), layout="constrained", facecolor="white")
+    axes = figure.subplots(1, len(alphas), squeeze=False)[0]
     writer, part = PillowWriter(fps=4), pathlib.Path(o.out) / "toy.part.gif"
-    both = [level for level in levels if all(level in f for f in frames.values())]
-    if not both:
-        raise ValueError("--animate: run 0 reaches no training loss below .68: more --iterations")
-    with writer.saving(figure, part, dpi=100):
-        for level in both + both[-1:] * 6:  # rests on the last
-            for ax, (alpha, at) in zip(axes, frames.items()):
+    with writer.saving(figure, part, dpi=90):
+        for level in levels + levels[-1:] * 8:  # rests on the last
+            figure.suptitle(f"at training loss {level:.2f}")
+            for ax, alpha in zip(axes, alphas):
+                iteration, probability = at[alpha][level]
                 ax.clear()
-                ax.imshow(at[level][0], cmap="RdBu_r", vmin=-.3, vmax=1.3, extent=(-1, 1, -1, 1), origin="lower")
-                ax.contour(at[level][0], levels=[.5], colors="black", linewidths=1, extent=(-1, 1, -1, 1))
-                draw_points(ax, o)
-                ax.set(title=f"{common.alpha_label(alpha)}, iteration {at[level][1]}", xticks=[], yticks=[])
-            figure.suptitle(f"training loss {level:.2f}")
+                ax.contourf(probability, levels=np.linspace(0, 1, 21), cmap="RdBu_r", vmin=-.3, vmax=1.3, **PLANE)
+                ax.contour(probability, levels=[.5], colors="black", linewidths=1.2, **PLANE)
+                draw_task(ax, o)
+                ax.set(xticks=[], yticks=[])
+                ax.set_title(f"{kind_of(alpha)}{common.alpha_label(alpha)}\niteration {iteration}", fontsize=11)
             writer.grab_frame()
     os.replace(part, part.with_name("toy.gif"))
     print(f"wrote {o.out}/toy.gif")
 
 
-def main(argv=None, **options):
-    """Run, draw and conclude, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
+def kind_of(alpha):
+    if alpha == 1:
+        return "rich, "
+    return "lazy, " if alpha >= 100 else ""
+
+
+def predictions(alpha, o):
+    """Train run 0. Returns alpha and {level: (iteration, probability of label +1 on the grid (SIDE, SIDE))}."""
+    f = common.center(network(0, o), alpha)
+    grid, found = points(0, o)[2].to(o.device, o.dtype), {}
+    grid[:, 2:] = 0
+    for batch, place, record in train([0], alpha, o, FRAMES, {0: []}):
+        batch.copy_into([p for p in f.parameters() if p.requires_grad], place)
+        with torch.no_grad():
+            probability = torch.sigmoid(f(grid)).view(SIDE, SIDE).cpu().numpy()
+        found[record["level"]] = record["iteration"], probability
+    return alpha, found
+
+
+def main(**given):
+    """Train, conclude and draw, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
     the summary; raises ValueError or OSError for bad input."""
-    o = common.parse(make_parser(), QUICK, argv, options)
+    o = common.options("toy", OPTIONS, QUICK, given, __file__)
     if o.draw_only and o.animate:
         raise ValueError("--animate trains a network, --draw-only trains nothing: choose one")
+    for path in pathlib.Path(o.out).glob("alpha=*/log.jsonl"):
+        options = common.read_args(path.parent)["options"]
+        if o.draw_only:  # as these runs were
+            o = common.options("toy", OPTIONS, QUICK, {**options, **given}, __file__)
+    names = "train", "probe", "grid"
+    data = {name: x.numpy() for name, x in zip(names, points(0, o))}
+    common.check_folder(o, data)
     if not o.draw_only:
-        for alpha, _ in common.my_share(o):  # under torchrun: this process's
-            run(alpha, o)
+        train_missing(o, data)
     found = read_runs(o)
-    if not o.draw_only and any(a not in found or len(found[a][1]) < o.runs for a in o.alpha):
-        return {}  # another process is still at work, and will draw
-    summary = summarise(o, found)
+    if not o.draw_only and any(alpha not in found or len(found[alpha].ends) < o.runs for alpha in o.alpha):
+        return {}  # another process of torchrun is still at work, and will draw
+    summary = conclude(o, found)
     draw(o, found)
     print(f"\nwrote {o.out}/toy.png, toy.pdf, summary.json")
     if o.animate:
         animate(o)
+    print(f"\n{summary['conclusion']}")
     return summary
 
 
 if __name__ == "__main__":
-    common.command_line(main)
+    common.command_line("toy", main, OPTIONS, QUICK, __doc__)

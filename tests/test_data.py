@@ -1,5 +1,6 @@
 """Data: npz files good and bad, label noise, standardisation, synthetic images, CIFAR-10 that is not there."""
 import io
+import types
 import zipfile
 
 import numpy as np
@@ -11,8 +12,7 @@ from conftest import tiny_arrays
 
 
 def options(**more):
-    import argparse
-    return argparse.Namespace(device=torch.device("cpu"), dtype=torch.float64, batch_size=10, subset=None, **more)
+    return types.SimpleNamespace(device=torch.device("cpu"), batch_size=10, subset=None, **more)
 
 
 def test_npz_round_trip(tiny):
@@ -21,13 +21,36 @@ def test_npz_round_trip(tiny):
     assert np.array_equal(images["x_train"], arrays["x_train"]) and images["y_train"].dtype == np.int64
     pixels = arrays["x_train"].reshape(-1, 3) / 255
     assert np.allclose(images["mean"], pixels.mean(0)) and np.allclose(images["std"], pixels.std(0))
-    examples = common.Examples(images["x_train"], images["y_train"], images["mean"], images["std"], options())
-    x = examples.pixels(examples.index())
-    assert x.shape == (60, 3, 8, 8)
-    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3, dtype=x.dtype), atol=1e-9)
-    assert torch.allclose(x.std((0, 2, 3), unbiased=False), torch.ones(3, dtype=x.dtype))
+    x = common.on_device(images["x_train"], options())
+    assert x.shape == (60, 3, 8, 8) and x.dtype == torch.uint8  # images stay as they are stored
+    first_layer = common.Standardise(images["mean"], images["std"]).double()
+    x = first_layer(x)
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3, dtype=x.dtype), atol=1e-6)
+    assert torch.allclose(x.std((0, 2, 3), unbiased=False), torch.ones(3, dtype=x.dtype), atol=1e-6)
     by_hand = (arrays["x_train"][7, 1, 2, 0] / 255 - images["mean"][0]) / images["std"][0]
-    assert x[7, 0, 1, 2].item() == pytest.approx(by_hand)
+    assert x[7, 0, 1, 2].item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_an_npz_may_bring_its_own_constants(tmp_path):
+    np.savez(tmp_path / "own.npz", **tiny_arrays(), mean=[.1, .2, .3], std=[.4, .5, .6])
+    images = common.load_images(str(tmp_path / "own.npz"))
+    assert images["mean"] == [.1, .2, .3] and images["std"] == [.4, .5, .6]
+
+
+@pytest.mark.parametrize("std", [[.1, .1], [.1, 0, .1], [.1, np.nan, .1], 3.0, ["a", "b", "c"]])
+def test_bad_constants(tmp_path, std):
+    np.savez(tmp_path / "own.npz", **tiny_arrays(), mean=[.1, .2, .3], std=std)
+    with pytest.raises(ValueError, match="std must be"):
+        common.load_images(str(tmp_path / "own.npz"))
+
+
+def test_channels_first_are_warned_about(tmp_path, capsys):
+    arrays = tiny_arrays()
+    for name in ("x_train", "x_test"):
+        arrays[name] = arrays[name].transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "first.npz", **arrays)
+    common.load_images(str(tmp_path / "first.npz"))
+    assert "channels come last" in capsys.readouterr().out
 
 
 def test_grey_images(tmp_path):
@@ -84,6 +107,10 @@ def damaged(tiny):
         archive.writestr("x_train.npy", header.getvalue() + b"123")
     yield "claims 10^12 elements", huge.getvalue()
     yield "pickle", b"\x80\x04N."
+    member = io.BytesIO()
+    with zipfile.ZipFile(member, "w") as archive:
+        archive.writestr("x_train", b"no array")
+    yield "a member that is no array", member.getvalue()
 
 
 def test_damaged_files(tiny):
@@ -97,7 +124,7 @@ def test_damaged_files(tiny):
 def test_missing_and_unknown():
     with pytest.raises(OSError, match="no such file"):
         common.load_images("nowhere/file.npz")
-    with pytest.raises(ValueError, match="not a known name"):
+    with pytest.raises(ValueError, match="choose one of cifar10, synthetic or a file FILE.npz"):
         common.load_images("mnist")
 
 
@@ -175,13 +202,39 @@ def test_subset_and_batch(tiny):
     images = common.load_images(str(tiny))
     o = options()
     o.subset = 25
-    x, y, score = common.draw_training_set(images, 0, o)
-    rows = [int(np.flatnonzero((images["x_train"] == image).all((1, 2, 3)))[0]) for image in x]
-    assert len(set(rows)) == 25 and rows == sorted(rows) and np.array_equal(images["score_train"][rows], score)
-    assert not np.array_equal(x, common.draw_training_set(images, 1, o)[0])
+    rows = common.training_indices(images, 0, o)
+    assert len(set(rows)) == 25 and sorted(rows) == rows.tolist() and rows.max() < 60
+    assert not np.array_equal(rows, common.training_indices(images, 1, o))
+    o.subset = None
+    assert common.training_indices(images, 0, o).tolist() == list(range(60))
     o.subset = 61
     with pytest.raises(ValueError, match="--subset 61 is larger than the training set of 60"):
-        common.draw_training_set(images, 0, o)
+        common.training_indices(images, 0, o)
     o.subset, o.batch_size = 25, 26
     with pytest.raises(ValueError, match="larger than the training set"):
-        common.draw_training_set(images, 0, o)
+        common.training_indices(images, 0, o)
+
+
+def test_outputs_in_blocks_equal_all_at_once():
+    torch.manual_seed(0)
+    f = common.center(common.mlp([4, 8, 3]).double(), 3.0)
+    with torch.no_grad():
+        f.model[0].weight.add_(.1)
+    x = torch.randn(23, 4, dtype=torch.float64)
+    f0 = common.outputs(f.model0, x, block=7)
+    assert torch.allclose(common.outputs(f, x, f0, block=5), f(x)) and not common.outputs(f, x).requires_grad
+
+
+def test_initialisation_draws_nothing_from_the_global_generator():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with common.seeded("init", 0):
+        a = common.mlp([4, 3])
+    torch.manual_seed(99)
+    with common.seeded("init", 0):
+        b = common.mlp([4, 3])
+    assert torch.equal(a[0].weight, b[0].weight)
+    torch.set_rng_state(before)
+    with common.seeded("init", 1):
+        assert not torch.equal(common.mlp([4, 3])[0].weight, a[0].weight)
+    assert torch.equal(torch.get_rng_state(), before)
