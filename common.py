@@ -50,39 +50,40 @@ from torch import nn
 
 
 def center(model, alpha):
-    """Return f^a(x) = a (f_theta(x) - f_theta0(x)), where theta0 is what `model` holds now (paper, section 2).
+    """Return f^a(x) = a (f_theta(x) - f_theta0(x)); theta0 is what `model` holds now (paper, section 2).
 
-    `model` itself is what trains afterwards. a = 1 is ordinary (rich) training of the centred network; a >> 1, with the
-    learning rate divided by a^2 (`scaled_sgd`), is lazy: theta hardly moves. a = inf is that limit, exactly linear.
+    `model` itself is what trains afterwards. a = 1 is ordinary (rich) training of the centred network; a >> 1
+    at the learning rate lr / a^2 (`scaled_sgd`) is lazy: theta hardly moves. a = inf is that limit.
 
     model: any nn.Module whose output for one example depends on that example alone.
     alpha: a number above 0, or float("inf").
-    Raises ValueError: alpha is none of these, or batch norm or dropout is in training mode.
+    Raises ValueError: alpha is none of these; the model is random, see check_deterministic.
     Needs: CenteredModel, LinearizedModel, check_deterministic.
     """
     try:
-        good = not isinstance(alpha, (str, bool)) and (1e-100 < float(alpha) < 1e100 or float(alpha) == float("inf"))
+        value = math.nan if isinstance(alpha, (str, bool)) else float(alpha)
     except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(f"alpha must be a number above 0, or inf for the exactly linear network; got {alpha!r}")
-    return LinearizedModel(model) if alpha == float("inf") else CenteredModel(model, float(alpha))
+        value = math.nan
+    if value == math.inf:
+        return LinearizedModel(model)
+    if not 1e-100 < value < 1e100:
+        raise ValueError(f"alpha must be a number above 0, or inf for the linear network; got {alpha!r}")
+    return CenteredModel(model, value)
 
 
 class CenteredModel(nn.Module):
     """f^a(x) = a (f_theta(x) - f_theta0(x)) around a frozen copy of `model`; exactly 0 at initialisation.
 
-    self.model trains, self.model0 is the frozen copy. Since f_theta0 never changes, it can be computed once for a whole
-    data set and handed in as `f0`: then a step costs no second forward pass (0 within rounding at initialisation if it
-    was computed at another batch size).
+    self.model trains, self.model0 is the frozen copy. f_theta0 never changes, so it can be computed once for
+    a whole data set and handed in as `f0`: then a step costs no second forward pass (and at initialisation
+    f^a is 0 within rounding). Where x requires gradients, f0 is computed all the same, for its part of them.
 
     forward(x, f0=None): x (N, ...), f0 (N, C) or None -> (N, C).
-    Raises ValueError: batch norm or dropout in training mode; f0 of another shape than f_theta(x).
+    Raises ValueError: f0 of another shape than f_theta(x); a random model, see check_deterministic.
     Needs: check_deterministic.
     """
 
     def __init__(self, model, alpha):
-        import copy
         super().__init__()
         check_deterministic(model)
         self.alpha = alpha
@@ -91,10 +92,11 @@ class CenteredModel(nn.Module):
 
     def forward(self, x, f0=None):
         check_deterministic(self.model)
-        f, alpha = self.model(x), self.alpha
-        if f0 is None:
-            with torch.no_grad():
-                f0 = self.model0(x)
+        alpha = self.alpha
+        if f0 is None or x.requires_grad:
+            f0 = self.model0(x.clone())  # a copy for each: a network may change its input in place
+            x = x.clone()
+        f = self.model(x)
         if f0.shape != f.shape:  # (N,) against (N, 1) would broadcast to (N, N)
             raise ValueError(f"f0 has shape {tuple(f0.shape)}, the network's output {tuple(f.shape)}")
         return alpha * (f - f0)
@@ -103,39 +105,71 @@ class CenteredModel(nn.Module):
 class LinearizedModel(nn.Module):
     """The lazy limit, a = inf: f(x) = grad f_theta0(x) . delta, trained in delta from 0 (paper, eq. 2).
 
-    delta stands for a (theta - theta0), which stays finite as a grows. The directional derivative is exact: one
-    forward-mode pass (torch.func.jvp), about 1.7 times the cost of an ordinary training step.
+    delta stands for a (theta - theta0), which stays finite as a grows. The directional derivative is exact:
+    one forward-mode pass, about 1.7 times the cost of an ordinary training step.
 
     forward(x, f0=None): x (N, ...) -> (N, C); f0 is accepted for the sake of one interface and not needed.
-    Raises ValueError: batch norm or dropout in training mode.
+    Raises ValueError: a random model, see check_deterministic.
     Needs: check_deterministic.
     """
     alpha = float("inf")
 
     def __init__(self, model):
-        import copy
         super().__init__()
         check_deterministic(model)
         self.model0 = copy.deepcopy(model).requires_grad_(False)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.delta = nn.ParameterList(torch.zeros_like(self.model0.get_parameter(name)) for name in self.names)
+        self.delta = nn.ParameterList()
+        for name in self.names:
+            self.delta.append(torch.zeros_like(self.model0.get_parameter(name)))
 
     def forward(self, x, f0=None):
         check_deterministic(self.model0)
-        theta0 = {name: self.model0.get_parameter(name) for name in self.names}
-        f = lambda theta: torch.func.functional_call(self.model0, theta, (x,))
-        return torch.func.jvp(f, (theta0,), (dict(zip(self.names, self.delta)),))[1]
+        return self.derivative(self.model0, x, dict(zip(self.names, self.delta)))
+
+    @staticmethod
+    def derivative(model, x, direction):
+        """d f_(theta + t direction)(x) / dt at t = 0, (N, C); direction: {a parameter's name: tensor}."""
+        theta = {name: model.get_parameter(name).detach() for name in direction}
+        f = lambda theta: torch.func.functional_call(model, theta, (x.clone(),))
+        try:
+            return torch.func.jvp(f, (theta,), (direction,))[1]
+        except RuntimeError:  # layers without a forward-mode formula: LSTM, attention, weight norm
+            pass
+        # J^T w is linear in w, and the gradient of < J^T w, direction > in w is J direction: two reverse
+        # passes. Fast implementations cannot always be differentiated twice, the plain ones can.
+        wanted = torch.is_grad_enabled()
+        plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        grads = torch.enable_grad()
+        with torch.inference_mode(False), grads, plain_attention, torch.backends.cudnn.flags(enabled=False):
+            theta = {name: p.requires_grad_() for name, p in theta.items()}
+            out = f(theta)
+            w = torch.zeros_like(out, requires_grad=True)
+            options = dict(materialize_grads=True)
+            pulled = torch.autograd.grad(out, list(theta.values()), w, create_graph=True, **options)
+            product = sum((g * d).sum() for g, d in zip(pulled, direction.values()))
+            return torch.autograd.grad(product, w, create_graph=wanted, **options)[0]
 
 
 def check_deterministic(model):
-    """Raise ValueError if f(x) would depend on chance or on the other examples of the batch: f_theta0 could not be
-    fixed, and neither the centred model nor the NTK would mean anything. (F.dropout by hand goes unseen.)"""
+    """Raise ValueError if f(x) would depend on chance or on the other examples of the batch: f_theta0 could
+    not be fixed, and neither f^a nor the NTK would mean anything. (F.dropout by hand goes unseen here.)"""
     for name, m in model.named_modules():
-        if (isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-                or isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) and m.training and getattr(m, "p", 1)
-                or isinstance(m, (nn.MultiheadAttention, nn.RNNBase)) and m.training and m.dropout):
-            raise ValueError(f"{name or 'the model'} ({type(m).__name__}) is in training mode or has no fixed "
-                             "statistics; call model.eval() first (its parameters still train)")
+        kind = type(m).__name__
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            bad = m.training or m.running_mean is None
+        elif isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
+            bad = m.training and m.dropout
+        elif isinstance(m, nn.modules.dropout._DropoutNd) or "Drop" in kind or "Stochastic" in kind:
+            # by name: torchvision's StochasticDepth and DropBlock2d, timm's DropPath and PatchDropout
+            bad = m.training and getattr(m, "p", getattr(m, "drop_prob", 1))
+        elif "FractionalMaxPool" in kind:
+            bad = m._random_samples is None
+        else:
+            bad = m.training and kind in ("RReLU", "_SpectralNorm")
+        if bad:
+            raise ValueError(f"{name or 'the model'} ({kind}) is random or mixes the batch: it is in "
+                             "training mode or has no fixed statistics; call model.eval() first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,21 +180,24 @@ def check_deterministic(model):
 def scaled_sgd(centered, lr, momentum=0.0):
     """torch.optim.SGD for f^a at learning rate lr / a^2 (paper, section 2).
 
-    Why: the gradient of L(f^a) carries one factor a, and f^a turns a step of theta into a times as much; so at lr / a^2
-    the *outputs* move at a speed that does not depend on a. At a = inf the parameter is delta = a (theta - theta0)
-    itself, and the two factors are already gone: plain lr.
+    Why: the gradient of L(f^a) carries one factor a, and f^a turns a step of theta into a times as much; so
+    at lr / a^2 the *outputs* move at a speed that does not depend on a. At a = inf the parameter is
+    delta = a (theta - theta0) itself, and the two factors are already gone: plain lr.
 
     There is no weight decay: it would pull theta to 0, not to theta0.
 
     centered: what `center` returned. lr: number above 0. momentum: number in [0, 1).
-    Raises ValueError: lr or momentum out of range.
+    Raises ValueError: a network without `center`; lr or momentum out of range.
     """
+    if not hasattr(centered, "model0"):
+        raise ValueError("scaled_sgd takes what center(model, alpha) returned, and its alpha; "
+                         f"{type(centered).__name__} has not been through center")
     if not 0 < lr < float("inf") or not 0 <= momentum < 1:
         raise ValueError(f"lr must be above 0 and momentum in [0, 1); got {lr} and {momentum}")
     alpha = centered.alpha
     scaled_lr = lr if alpha == float("inf") else lr / alpha**2
     parameters = [p for p in centered.parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # one pass over the memory instead of three
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)  # one pass over the memory, not three
     return torch.optim.SGD(parameters, lr=scaled_lr, momentum=momentum, fused=fused)
 
 
@@ -169,191 +206,275 @@ def scaled_sgd(centered, lr, momentum=0.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def empirical_ntk(model, x, y=None, trace=False, memory=2**30):
-    """K[i, c, j, e] = < d f_c(x_i) / d theta, d f_e(y_j) / d theta >, exact; theta: all that requires gradients.
+def empirical_ntk(model, x, y=None, memory=2**30):
+    """K[i, c, j, e] = < d f_c(x_i) / d theta, d f_e(y_j) / d theta >, exact; theta: what requires gradients.
 
-    Never holds the Jacobian (for ResNet18, 100 examples and 10 outputs: 45 GB). With A the input of a layer at its
-    positions t and G the gradient of an output with respect to what the layer returns there, the layer's part of the
-    Jacobian is J = sum_t G_t (x) A_t, so its part of the kernel is either J J^T, or, without forming J,
+    Linear and ordinary Conv2d layers give their part of K without a Jacobian (ResNet18, 100 examples, 10
+    outputs: 45 GB). K is then checked against backward passes of whole batches. If that fails (tied weights,
+    rows that are no examples), each gradient is taken alone, and K is checked again.
 
-        K[i, c, j, e] = sum_ts (A_it . A_js) (G_ict . G_jes)     for one position: (A A^T) * (G G^T)
+    x (N, ...), y (M, ...) or None for y = x -> (N, C, M, C); an output of more dimensions is flattened.
+    memory: bytes to stay near. Model and global random state are left as they were.
 
-    and the cheaper is taken ("structured derivatives": Novak, Sohl-Dickstein, Schoenholz, ICML 2022). Linear and
-    ordinary Conv2d layers used once go this way; every other parameter through torch.func, one Jacobian an example.
-
-    x (N, ...), y (M, ...) or None for y = x -> (N, C, M, C); with trace=True the sum over outputs c = e, (N, M).
-    memory: bytes to stay near; examples are taken in blocks. Outputs of more dimensions than (N, C) are flattened.
-
-    >>> net = nn.Linear(1, 1)                            # f(x) = w x + b, so d f = (x, 1) and K(x, y) = x y + 1
-    >>> empirical_ntk(net, torch.tensor([[2.], [3.]]), trace=True)
+    >>> net = nn.Linear(1, 1)                       # f(x) = w x + b, so d f = (x, 1) and K(x, y) = x y + 1
+    >>> empirical_ntk(net, torch.tensor([[2.], [3.]])).view(2, 2)
     tensor([[ 5.,  7.],
             [ 7., 10.]])
 
-    Raises ValueError: batch norm or dropout in training mode; a network that does not return one row an example.
-    Needs: check_deterministic, capture, structured_layers.
+    Raises ValueError: an output that depends on chance or on the other examples, or is no float32 or float64
+    tensor with a row an example; no example; no parameter that requires gradients.
+    Needs: check_deterministic, true_float32, Jacobian.
     """
     check_deterministic(model)
     if len(x) == 0 or y is not None and len(y) == 0:
         raise ValueError("there is no example in x or in y")
-    layers = structured_layers(model, x)
-    structured = {id(p) for m in layers for p in m.parameters()}
-    rest = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in structured}
-    if not layers and not rest:
-        raise ValueError("no parameter of the model requires gradients: there is no tangent kernel")
-
-    def factors(x):
-        """[(A (n, T, d), G (n, C, T, O))], one pair a layer."""
-        f, calls = capture(model, layers, x)
-        outs = [calls[m][0][1] for m in layers]
-        rows = [torch.autograd.grad(f[:, c].sum(), outs, retain_graph=True, materialize_grads=True)
-                for c in range(f.shape[1])] if layers else []
-        pairs = []
-        for m, *gs in zip(layers, *rows):
-            a, g = calls[m][0][0], torch.stack(gs, 1)
-            if isinstance(m, nn.Conv2d):
-                a = F.unfold(a, m.kernel_size, padding=m.padding, stride=m.stride).transpose(1, 2)
-                g = g.flatten(3).transpose(2, 3)
-            a, g = a.reshape(len(a), -1, a.shape[-1]), g.reshape(*g.shape[:2], -1, g.shape[-1])
-            ones = a.new_ones(*a.shape[:2], 1)  # the bias is the weight of an input that is always 1
-            used = [a] * m.weight.requires_grad + [ones] * (m.bias is not None and m.bias.requires_grad)
-            pairs.append((torch.cat(used, 2), g))
-        if rest:
-            f_one = lambda theta, one: torch.func.functional_call(model, theta, (one[None],)).flatten()
-            with torch.no_grad():
-                jacobian = torch.func.vmap(torch.func.jacrev(f_one), (None, 0))(rest, x)  # name -> (n, C, *shape)
-            j = torch.cat([j.flatten(2) for j in jacobian.values()], 2)[:, :, None]
-            pairs.append((j.new_ones(len(x), 1, 1), j))  # J itself, as a layer of one position whose input is 1
-        if trace:  # a sum over outputs is a dot product over them: one output, with C O channels
-            pairs = [(a, g.transpose(1, 2).flatten(2)[:, None]) for a, g in pairs]
-        return pairs, f.shape[1]
-
-    def product(a, g, b, h):
-        """One layer's part of the kernel, (n, C, m, C): a (n, T, d), g (n, C, T, O); b (m, S, d), h (m, C, S, O)."""
-        (n, C, T, O), (m, _, S, _), d = g.shape, h.shape, a.shape[2]
-        jacobian = (n * T + m * S) * C * O * d + n * m * C * C * O * d
-        separate = n * m * (T * S * d + C * T * S * O + C * C * T * O)
-        if separate < jacobian:
-            K = g.new_empty(n, C, m, C)
-            for i in range(n):  # an example at a time: nothing of size n m T S is ever held
-                aa = torch.einsum("td,jsd->jts", a[i], b)
-                gg = aa[:, None] @ h  # (m, C, T, O)
-                K[i] = (g[i].flatten(1) @ gg.flatten(2).flatten(0, 1).T).view(C, m, C)
-            return K
-        K = 0
-        width = max(1, memory // (4 * (n + m) * C * d * g.element_size()))
-        for g_part, h_part in zip(g.split(width, 3), h.split(width, 3)):  # some output channels at a time
-            J = torch.einsum("icto,itd->icod", g_part, a).flatten(2).flatten(0, 1)
-            L = J if h is g else torch.einsum("icto,itd->icod", h_part, b).flatten(2).flatten(0, 1)
-            K = K + J @ L.T
-        return K.view(n, C, m, C)
-
-    other = x if y is None else y
-    one = sum(a.nbytes + g.nbytes for a, g in factors(other[:1])[0])
-    block = max(1, memory // (4 * one))  # two blocks at a time, each with the graph it came from
-    K = None
-    for i, xs in zip(range(0, len(x), block), x.split(block)):
-        left, C = factors(xs)
-        for j, ys in zip(range(0, len(other), block), other.split(block)):
-            if y is None and j < i:
-                continue  # K is symmetric
-            right = left if y is None and i == j else factors(ys)[0]
-            part = sum(product(*p, *q) for p, q in zip(left, right))
-            K = part.new_empty(len(x), part.shape[1], len(other), part.shape[1]) if K is None else K
-            K[i:i + block, :, j:j + block] = part
-            if y is None and j > i:
-                K[j:j + block, :, i:i + block] = part.permute(2, 3, 0, 1)
-    return K[:, 0, :, 0] if trace else K
+    devices = [x.device] if x.is_cuda else []
+    for structured in (True, False):
+        try:
+            same_random = torch.random.fork_rng(devices)
+            with torch.inference_mode(False), torch.enable_grad(), same_random, true_float32():
+                J = Jacobian(model, x, memory, structured)
+                L = J if y is None else Jacobian(model, y, memory, structured)
+                K = J.product(L)
+                if J.confirms(K, L):
+                    return K
+            reason = "the outputs depend on chance or on the other examples of the batch"
+        except Exception as error:  # whatever a pasted network stumbles over
+            reason = str(error).split("\n")[0]
+    raise ValueError(f"no tangent kernel: {reason}")
 
 
-def capture(model, layers, x):
-    """Run `model` on x: its output as (N, C), and for each layer the list of (input, output) of its calls."""
-    calls = {m: [] for m in layers}
-
-    def hook(m, args, kwargs, out):
-        calls[m].append(((args[0] if args else kwargs["input"]).detach().clone(), out))
-        return out.clone()  # an activation that works in place then leaves `out` as the layer made it
-
-    handles = [m.register_forward_hook(hook, prepend=True, with_kwargs=True) for m in layers]
+@contextlib.contextmanager
+def true_float32():
+    """float32 means float32 inside, not TF32 or bfloat16; afterwards what it meant before."""
+    cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    units = [cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv]
+    before = [unit.fp32_precision for unit in units]
     try:
-        with torch.enable_grad():
-            f = model(x)
+        for unit in units:
+            unit.fp32_precision = "ieee"
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    if f.shape[0] != len(x):
-        raise ValueError(f"the network returned shape {tuple(f.shape)} for {len(x)} examples; need one row an example")
-    return f.reshape(len(x), -1), calls
+        for unit, precision in zip(units, before):
+            unit.fp32_precision = precision
 
 
-def structured_layers(model, x):
-    """The Linear and ordinary Conv2d layers whose part of the NTK follows from their inputs and output gradients.
+class Jacobian:
+    """J(x) = d f(x) / d theta, (N, C, P), of which no more is held than empirical_ntk needs at a time.
 
-    Tried out on two examples: the layer must run once, on one row an example that belongs to that example, and no one
-    else may use its parameters (counted in autograd's own graph, which also sees F.linear(h, layer.weight)).
-    Needs: capture.
+    With A the input of a Linear or Conv2d layer at its positions t, and G the gradient of an output in what
+    it returns there, its part of J is sum_t G_t (x) A_t ("structured derivatives": Novak, Sohl-Dickstein,
+    Schoenholz, ICML 2022). All other parameters: a backward pass for each example and output.
     """
-    def ordinary(m):
-        return type(m) is nn.Linear or (type(m) is nn.Conv2d and m.groups == 1 and m.dilation == (1, 1)
-                                        and m.padding_mode == "zeros" and not isinstance(m.padding, str))
 
-    candidates = [m for m in model.modules() if ordinary(m) and set(m._parameters) == {"weight", "bias"}
-                  and any(p.requires_grad for p in m.parameters())]
-    f, calls = capture(model, candidates, torch.cat([x[:1], x[-1:]]))
-    if f.grad_fn is None:
-        return []
-    uses, seen, stack = {}, set(), [f.grad_fn]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if hasattr(node, "variable"):  # a leaf: this edge is one use of a parameter
-                uses[id(node.variable)] = uses.get(id(node.variable), 0) + 1
-            elif node is not None and node not in seen:
-                seen.add(node)
-                stack.append(node)
+    def __init__(self, model, x, memory, structured):
+        self.model, self.x = model, x.detach()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter of the model requires gradients")
+        self.layers = []
+        for m in model.modules():
+            plain_conv = type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros"
+            trains = any(p.requires_grad for p in m.parameters())
+            if structured and trains and (type(m) is nn.Linear or plain_conv):
+                self.layers.append(m)
+        f, calls = self.outputs(0, 2)
+        self.layers = [m for m in self.layers if len(calls[m]) == 1 and len(calls[m][0][1]) == len(f)]
+        covered = {id(p) for m in self.layers for p in m.parameters()}
+        self.rest = [p for p in self.parameters if id(p) not in covered]
+        self.C = f.shape[1]
+        numbers = self.C * sum(p.numel() for p in self.rest)  # what `factors` returns for an example
+        for m in self.layers:
+            numbers += calls[m][0][1][0].numel() * (self.C + m.weight[0].numel() / len(m.weight))
+        # Two blocks are held at a time, and a graph. Two examples at least: one alone cannot show that it
+        # depends on others.
+        self.block = max(2, int(memory / (3 * numbers * f.element_size())))
 
-    def once(m):
-        return (len(calls[m]) == 1 and all(uses.get(id(p)) == 1 for p in m.parameters() if p.requires_grad)
-                and len(calls[m][0][1]) == 2 and (calls[m][0][0].dim() == 4 or isinstance(m, nn.Linear)))
+    def outputs(self, first, last):
+        """f(x[first:last]) as (n, C), and {layer: [(its input, its output), one pair a call]}."""
+        calls = {m: [] for m in self.layers}
 
-    layers = [m for m in candidates if once(m)]
-    outs = [calls[m][0][1] for m in layers]
-    reached = torch.autograd.grad(f[0].sum(), outs, materialize_grads=True) if layers else []
-    return [m for m, g in zip(layers, reached) if not g[1].any()]  # example 0 must not depend on row 1
+        def hook(m, inputs, output):
+            calls[m].append((inputs[0].detach(), output))
+            return output.clone()  # an activation in place then leaves `output` as the layer made it
+
+        handles = [m.register_forward_hook(hook, prepend=True) for m in self.layers]
+        x = self.x[first:last].clone()  # copies of x and of the buffers: the network may change them
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        try:
+            f = torch.func.functional_call(self.model, buffers, (x,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(f, torch.Tensor) or f.shape[:1] != x.shape[:1]:
+            returned = tuple(f.shape) if isinstance(f, torch.Tensor) else type(f).__name__
+            raise ValueError("the network must return one tensor with a row for each example; "
+                             f"for {len(x)} it returned {returned}")
+        if f.dtype not in (torch.float32, torch.float64) or not f.requires_grad:
+            raise ValueError(f"the output ({f.dtype}) has no derivative in float32 or float64")
+        return f.reshape(len(x), f[0].numel()), calls
+
+    def factors(self, first):
+        """[(A (n, T, d), G (n, C, T, O)), one pair a layer], for the block of examples from `first` on."""
+        f, calls = self.outputs(first, first + self.block)
+        gradients, pairs = [], []
+        if self.layers:
+            outputs = [calls[m][0][1] for m in self.layers]
+            for f_c in f.sum(0):
+                gradients.append(torch.autograd.grad(f_c, outputs, retain_graph=True, materialize_grads=True))
+        for m, *G in zip(self.layers, *gradients):
+            A, G = calls[m][0][0], torch.stack(G, 1)
+            if isinstance(m, nn.Conv2d):
+                padding = m._reversed_padding_repeated_twice  # as numbers, for padding="same" too
+                A = F.unfold(F.pad(A, padding), m.kernel_size, m.dilation, 0, m.stride).transpose(1, 2)
+                G = G.flatten(3).transpose(2, 3)
+            A, G = A.reshape(len(f), -1, A.shape[-1]), G.reshape(len(f), self.C, -1, G.shape[-1])
+            used = []
+            if m.weight.requires_grad:
+                used.append(A)
+            if m.bias is not None and m.bias.requires_grad:  # the weight of an input that is always 1
+                used.append(A.new_ones(*A.shape[:2], 1))
+            pairs.append((torch.cat(used, 2), G))
+        if self.rest:  # J itself, as a layer of one position whose input is 1
+            rows = []
+            for i in range(first, first + len(f)):
+                for f_c in self.outputs(i, i + 1)[0][0]:
+                    row = torch.autograd.grad(f_c, self.rest, retain_graph=True, materialize_grads=True)
+                    rows.append(torch.cat([g.flatten() for g in row]))
+            pairs.append((f.new_ones(len(f), 1, 1), torch.stack(rows).view(len(f), self.C, 1, -1)))
+        return pairs
+
+    def product(self, other):
+        """J L^T, (N, C, M, C), for L = other, a block of examples against another; half of it if L is J."""
+        symmetric = other is self
+        for i in range(0, len(self.x), self.block):
+            left = self.factors(i)
+            if i == 0:
+                K = left[0][1].new_zeros(len(self.x), self.C, len(other.x), self.C)
+            for j in range(i if symmetric else 0, len(other.x), other.block):
+                right = left if symmetric and i == j else other.factors(j)
+                for (A, G), (B, H) in zip(left, right, strict=True):
+                    K[i:i + self.block, :, j:j + other.block] += self.contract(A, G, B, H, right is left)
+        if symmetric:
+            upper = K.flatten(2).flatten(0, 1)
+            K = (upper.triu() + upper.triu(1).T).view(K.shape)
+        return K
+
+    @staticmethod
+    def contract(A, G, B, H, half):
+        """K[i, c, j, e] = sum_ts (A_it . B_js) (G_ict . H_jes), (n, C, m, C): a layer's part of the kernel.
+
+        As it stands, or as J L^T with J = sum_t G_t (x) A_t formed, whichever takes fewer multiplications.
+        A (n, T, d), B (m, S, d), G (n, C, T, O), H (m, C, S, O). half: both are the same, j < i may stay 0.
+        """
+        (n, C, T, O), (m, _, S, _), d = G.shape, H.shape, A.shape[2]
+        pairs, positions = (n * m / 2, n * T) if half else (n * m, n * T + m * S)
+        K = G.new_zeros(n, C, m, C)
+        as_it_stands = pairs * (T * S * d + C * T * S * O + C * C * T * O)
+        formed = positions * C * O * d + pairs * C * C * O * d
+        if as_it_stands < formed:
+            for i in range(n):  # an example at a time: nothing of size n m T S is ever held
+                first = i if half else 0
+                inputs = torch.einsum("td,jsd->jts", A[i], B[first:])
+                weighted = inputs[:, None] @ H[first:]  # (m - first, C, T, O)
+                K[i, :, first:] = (G[i].flatten(1) @ weighted.flatten(2).flatten(0, 1).T).view(C, -1, C)
+            return K
+        width = max(1, 2**26 // ((n + m) * C * d))  # output channels at a time: J of 256 MB in float32
+        step = -(-n // 8) if half else n
+        for G_part, H_part in zip(G.split(width, 3), H.split(width, 3)):
+            J = torch.einsum("icto,itd->icod", G_part, A).flatten(2)
+            L = J if half else torch.einsum("jcto,jtd->jcod", H_part, B).flatten(2)
+            for i in range(0, n, step):
+                first = i if half else 0
+                part = J[i:i + step].flatten(0, 1) @ L[first:].flatten(0, 1).T
+                K[i:i + step, :, first:] += part.view(-1, C, m - first, C)
+        return K
+
+    def pull_back(self, u):
+        """J^T u[k] for each u[k] (N, C), each a list of tensors, one a parameter: a backward pass a block."""
+        pulled = []
+        for first in range(0, len(self.x), self.block):
+            f, _ = self.outputs(first, first + self.block)
+            for k in range(len(u)):
+                gradients = torch.autograd.grad(f, self.parameters, u[k, first:first + self.block],
+                                                retain_graph=True, materialize_grads=True)
+                if first == 0:
+                    pulled.append(gradients)
+                else:
+                    pulled[k] = [total + g for total, g in zip(pulled[k], gradients)]
+        return pulled
+
+    def confirms(self, K, other):
+        """Whether u^T K v = < J^T u, L^T v > within rounding, for each pair of four random u and four v.
+
+        Rounding is that of a typical |J^T u| |L^T v|, about trace K. An error of K shows in one of the pairs
+        unless all u, or all v, are nearly orthogonal to it. For y = x, the same four serve as u and v.
+        """
+        generator = torch.Generator().manual_seed(0)  # of its own
+        u = torch.randn(4, *K.shape[:2], generator=generator, dtype=torch.float64).to(K)
+        pulled, v = self.pull_back(u), u
+        if other is not self:
+            v = torch.randn(4, *K.shape[2:], generator=generator, dtype=torch.float64).to(K)
+            pulled += other.pull_back(v)
+        inner = 0
+        for gradients in zip(*pulled):  # a parameter at a time, in pieces: no float64 copy of the whole
+            for pieces in zip(*[g.flatten().split(2**15) for g in gradients]):
+                piece = torch.stack(pieces).double()
+                inner = inner + piece @ piece.T
+        expected, squares = inner[:4, -4:], inner.diagonal()
+        found = torch.einsum("aic,icje,bje->ab", u.double(), K.double(), v.double())
+        if not expected.isfinite().all():
+            return not found.isfinite().all()  # a network that has diverged: its kernel is not finite either
+        tolerance = 1e-10 if K.dtype == torch.float64 else 2e-5
+        scale = (squares[:4].mean() * squares[-4:].mean()).sqrt()
+        return bool((found - expected).abs().max() <= tolerance * scale)
 
 
 def kernel_alignment(K, K0, centered=False):
     """KA(K, K0) = Tr[K K0] / (|K|_F |K0|_F), in [0, 1] for kernels; 1 if proportional (paper, section 3).
 
-    K, K0: both (N, N) or both (N, C, N, C). centered=True: H K H with H = I - 1 1^T / n over the n = N C rows (CKA:
-    Cortes, Mohri, Rostamizadeh 2012; Kornblith et al. 2019). Returns a float, nan if a kernel is 0.
+    K, K0: both (N, N) or both (N, C, N, C). centered=True: H K H with H = I - 1 1^T / n over the n = N C rows
+    (CKA: Cortes, Mohri, Rostamizadeh 2012; Kornblith et al. 2019). Returns a float, nan if a kernel is 0.
     Raises ValueError: shapes that are not square or differ.
     """
     rows = K.shape[0] * (K.shape[1] if K.dim() == 4 else 1)
-    if K.shape != K0.shape or K.numel() != rows**2:
+    if K.shape != K0.shape or K.numel() != rows**2 or rows == 0:
         raise ValueError("need two kernels (N, N) or (N, C, N, C) of one shape, got "
                          f"{tuple(K.shape)} and {tuple(K0.shape)}")
-    K, K0 = K.reshape(rows, rows).double(), K0.reshape(rows, rows).double()
-    if centered:
-        K, K0 = (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (K, K0))
-    return ((K * K0).sum() / (K.norm() * K0.norm())).item()  # Tr[K K0] of symmetric kernels, without the product
+    kernels = []
+    for k in (K, K0):
+        k = k.reshape(rows, rows).double()
+        k = k / k.abs().max()  # no scale: the square of 1e-200 would be 0
+        if centered:
+            k = k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
+        kernels.append(k / k.norm())
+    return (kernels[0] * kernels[1]).sum().item()  # Tr[K K0] of symmetric kernels, without the product
 
 
 def target_alignment(K, y, centered=True):
     """Alignment of a kernel with the labels' own kernel Y Y^T (Baratin et al., AISTATS 2021).
 
-    K (N, N) with Y (N, C) the one-hot labels; or K (N, C, N, C) with Y flattened to N C rows, the direction in which
-    the loss pulls all outputs at once. y: (N,) class indices, or real targets (N,) or (N, C). Returns a float.
-    Raises ValueError: as kernel_alignment.
+    K (N, N) with Y (N, C) the one-hot labels; or K (N, C, N, C) with Y flattened to N C rows, the direction
+    in which the loss pulls all outputs at once. y: class indices (N,), or targets (N,) or (N, C): one-hot,
+    -1 and 1, real. Returns a float.
+    Raises ValueError: as kernel_alignment; labels that do not fit K.
     Needs: kernel_alignment.
     """
-    if not y.is_floating_point():  # one output stands for two classes, as -1 and 1
-        y = 2.0 * y - 1 if K.dim() == 4 and K.shape[1] == 1 else F.one_hot(y.long(), K.shape[1] if K.dim() == 4 else -1)
-    Y = y.double().reshape(K.shape[0] * K.shape[1], 1) if K.dim() == 4 else y.double().reshape(len(y), -1)
-    return kernel_alignment(K.reshape(len(Y), len(Y)), Y @ Y.T, centered)
+    classes, Y = K.shape[1] if K.dim() == 4 else None, y.double()
+    if y.dim() == 1 and not y.is_floating_point() and (Y >= 0).all():  # class indices
+        if classes == 1:
+            Y = 2 * Y - 1  # one output stands for two classes, as -1 and 1
+        else:
+            Y = F.one_hot(y.long()).double()
+            Y = F.pad(Y, (0, max(0, (classes or 0) - Y.shape[1])))  # classes that no label has
+    if classes is None:
+        return kernel_alignment(K, Y.reshape(len(y), -1) @ Y.reshape(len(y), -1).T, centered)
+    return kernel_alignment(K.flatten(2).flatten(0, 1), Y.reshape(-1, 1) @ Y.reshape(1, -1), centered)
 
 
 @torch.no_grad()
 def relu_signs(model, x):
-    """Which ReLUs are active: x (N, ...) -> bool (N, units), over every call of every nn.ReLU, in order of execution.
+    """Which ReLUs are active: x (N, ...) -> bool (N, units), for every call of every nn.ReLU, as they run.
 
     Raises ValueError: a network without nn.ReLU modules (F.relu cannot be seen from outside).
     """
@@ -361,7 +482,7 @@ def relu_signs(model, x):
     handles = [m.register_forward_hook(lambda m, args, out: signs.append((out > 0).flatten(1)))
                for m in model.modules() if isinstance(m, nn.ReLU)]
     try:
-        model(x)
+        model(x.clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -371,7 +492,7 @@ def relu_signs(model, x):
 
 
 def sign_similarity(s, s0):
-    """Share of ReLU units, over examples and units, active in both or in neither (paper, section 3). A float."""
+    """Share of ReLU units, over examples and units, active in both or in neither (paper, sec. 3). A float."""
     return (s == s0).double().mean().item()
 
 
@@ -382,7 +503,7 @@ def representation(model, x):
     seen = []
     handles = [m.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())) for m in last]
     try:
-        model(x)
+        model(x.clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -394,8 +515,8 @@ def representation(model, x):
 def representation_alignment(R, R0, gram=False):
     """Alignment of two representations (N, d) of the same N examples, uncentred. A float.
 
-    The paper's text speaks of the (N, N) kernels R R^T (gram=True); its published code, and so its figures, align the
-    (d, d) matrices R^T R (default). The numbers differ, so both are offered under their names.
+    The paper's text speaks of the (N, N) kernels R R^T (gram=True); its published code, and so its figures,
+    align the (d, d) matrices R^T R (default). The numbers differ: both are offered under their names.
     Raises ValueError: shapes differ.
     Needs: kernel_alignment.
     """
@@ -404,17 +525,17 @@ def representation_alignment(R, R0, gram=False):
 
 @torch.no_grad()
 def linearisation_error(centered, x):
-    """|f^a(x) - a grad f_theta0(x) . (theta - theta0)| / |f^a(x)|: how far the network is from its own linearisation.
+    """|f^a(x) - a grad f_theta0(x) . (theta - theta0)| / |f^a(x)|: how far from its linearisation.
 
-    centered: a CenteredModel (a LinearizedModel is its own linearisation: 0). x (N, ...). A float, nan at theta0.
+    centered: a CenteredModel (a LinearizedModel is its own: 0). x (N, ...). Returns a float, nan at theta0.
+    Needs: LinearizedModel, check_deterministic.
     """
     if centered.alpha == float("inf"):
         return 0.0
     theta0 = dict(centered.model0.named_parameters())
-    moved = {name: p.detach() - theta0[name] for name, p in centered.model.named_parameters()}
-    f = lambda theta: torch.func.functional_call(centered.model0, theta, (x,))
-    f0, slope = torch.func.jvp(f, (theta0,), (moved,))
-    fa = centered(x, f0)
+    moved = {name: p - theta0[name] for name, p in centered.model.named_parameters()}
+    slope = LinearizedModel.derivative(centered.model0, x, moved)
+    fa = centered(x)
     return ((fa - centered.alpha * slope).norm() / fa.norm()).item()
 
 
@@ -497,7 +618,7 @@ class Standardise(nn.Module):
 def seeded(what, seed):
     """Inside the block, layers are initialised from a seed of their own, in float32 on the CPU; afterwards torch's
     global generator, default dtype and default device are what they were."""
-    with initialising, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with one_thread, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         torch.default_generator.manual_seed(generator(what, seed).initial_seed())
@@ -507,7 +628,7 @@ def seeded(what, seed):
             torch.set_default_dtype(dtype)
 
 
-initialising = threading.Lock()  # layers draw from the global generator: one thread at a time
+one_thread = threading.RLock()  # torch's global generator and its forward mode serve one thread at a time
 
 
 def generator(what, seed):
@@ -537,16 +658,14 @@ def load_images(dataset, data_dir="data"):
 
 
 def with_statistics(images):
-    """Add the training pixels' own mean and standard deviation per channel, of pixels in [0, 1], unless it has some."""
-    x = images["x_train"]
+    """Add the training pixels' own mean and standard deviation per channel, of pixels in [0, 1], if it has none."""
     if "mean" in images and "std" in images:
         return images
-    mean, std = [], []
-    for channel in range(x.shape[-1]):
-        share = np.bincount(x[..., channel].ravel(), minlength=256) / x[..., channel].size  # of each of the 256 values
-        value = np.arange(256) / 255
-        mean.append(float(share @ value))
-        std.append(max(float(share @ (value - mean[-1])**2), 1e-6)**.5)
+    mean, std, value = [], [], np.arange(256) / 255
+    for channel in np.moveaxis(images["x_train"], 3, 0):
+        share = np.bincount(channel.ravel(), minlength=256) / channel.size  # of each of the 256 values
+        mean.append(share @ value)
+        std.append(max(share @ (value - mean[-1])**2, 1e-6)**.5)
     return {**images, "mean": mean, "std": std}
 
 
@@ -587,58 +706,46 @@ def read_npz(path):
 
 
 def check_images(images, path):
-    """Check the arrays of a FILE.npz (see load_images), bring them to their types; ValueError says which is wrong."""
+    """The arrays of a FILE.npz (see load_images) as their types; ValueError says which is wrong."""
+    def need(good, text):
+        if not good:
+            raise ValueError(f"{path}: {text}")
+
     checked = {}
     for split in ("train", "test"):
-        for name in (f"x_{split}", f"y_{split}"):
-            if name not in images:
-                has = ", ".join(images) or "none"
-                raise ValueError(f"{path}: no array {name} (has: {has}); see 'Your own data' in README.md")
-        x, y = images[f"x_{split}"], images[f"y_{split}"]
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or 0 in x.shape:
-            raise ValueError(f"{path}: x_{split} must be uint8 (N, H, W, C) or (N, H, W) and not empty; it is "
-                             f"{x.dtype} {x.shape}")
-        if x.ndim == 3:
-            x = x[..., None]
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            raise ValueError(f"{path}: y_{split} must be integers ({len(x)},), one for each image of x_{split}; it is "
-                             f"{y.dtype} {y.shape}")
-        checked[f"x_{split}"], checked[f"y_{split}"] = x, y.astype(np.int64)
-        for name, kinds, type_ in ((f"score_{split}", "iuf", np.float64), (f"attribute_{split}", "iufb", np.int64)):
-            if name in images:
-                checked[name] = check_numbers(images[name], name, kinds, len(x), path).astype(type_)
-    for name in ("mean", "std"):
-        if name in images:
-            checked[name] = check_numbers(images[name], name, "f", checked["x_train"].shape[3], path).tolist()
-    y = checked["y_train"]
-    if checked["x_train"].shape[1:] != checked["x_test"].shape[1:]:
-        raise ValueError(f"{path}: images of x_train are {checked['x_train'].shape[1:]}, those of x_test "
-                         f"{checked['x_test'].shape[1:]}")
-    if checked["x_train"].shape[3] not in (1, 3, 4):
-        print(f"warning: {path}: images have {checked['x_train'].shape[3]} channels; the channels come last")
-    classes = int(y.max()) + 1
-    if y.min() < 0 or classes < 2 or classes > len(y) or len(np.unique(y)) != classes:
-        raise ValueError(f"{path}: y_train must run from 0 to the number of classes - 1, each present; it has "
-                         f"{y.min()} to {y.max()}, {len(np.unique(y))} different")
-    if checked["y_test"].min() < 0 or checked["y_test"].max() >= classes:
-        raise ValueError(f"{path}: y_test has a label outside 0 to {classes - 1}, the labels of y_train")
+        x, y = images.get(f"x_{split}"), images.get(f"y_{split}")
+        need(x is not None and y is not None,
+             f"needs arrays x_{split} and y_{split} (has: {', '.join(images)}); see 'Your own data' in README.md")
+        need(x.dtype == np.uint8 and x.ndim in (3, 4) and x.size > 0,
+             f"x_{split} must be uint8 (N, H, W, C) or (N, H, W) and not empty; it is {x.dtype} {x.shape}")
+        need(y.dtype.kind in "iu" and y.shape == x.shape[:1],
+             f"y_{split} must be integers, one for each image of x_{split} {x.shape}; it is {y.dtype} {y.shape}")
+        checked[f"x_{split}"] = x.reshape(*x.shape[:3], -1)  # (N, H, W) has one channel
+        checked[f"y_{split}"] = y.astype(np.int64)
+    x, y = checked["x_train"], checked["y_train"]
+    need(x.shape[1:] == checked["x_test"].shape[1:], f"images of x_train are {x.shape[1:]}, those of x_test differ")
+    classes = len(np.unique(y))
+    need(classes > 1 and y.min() == 0 and y.max() == classes - 1,
+         f"y_train must run from 0 to the number of classes - 1, each present; it has {y.min()} to {y.max()}, "
+         f"{classes} different")
+    need(0 <= checked["y_test"].min() and checked["y_test"].max() < classes,
+         f"y_test has a label outside 0 to {classes - 1}, the labels of y_train")
+    if x.shape[3] not in (1, 3, 4):
+        print(f"warning: {path}: images have {x.shape[3]} channels; the channels come last")
+    for name in images.keys() & {"score_train", "score_test", "attribute_train", "attribute_test", "mean", "std"}:
+        values, what = images[name], name.split("_")[0]
+        wanted = {"score": "finite numbers", "attribute": "0 or 1", "mean": "finite numbers", "std": "numbers above 0"}[what]
+        count = x.shape[3] if what in ("mean", "std") else len(checked[name.replace(what, "y")])
+        good = values.dtype.kind in "biuf" and values.shape == (count,) and np.isfinite(values).all()
+        if good and what == "attribute":
+            good = np.isin(values, (0, 1)).all()
+        if good and what == "std":
+            good = (values > 0).all()
+        need(good, f"{name} must be {wanted}, {count} of them; it is {values.dtype} {values.shape}")
+        checked[name] = values.astype(np.int64 if what == "attribute" else np.float64)
+        if what in ("mean", "std"):
+            checked[name] = checked[name].tolist()
     return checked
-
-
-def check_numbers(values, name, kinds, count, path):
-    """A score or attribute array (count,) of a FILE.npz; ValueError: another shape or type, not finite, not 0 or 1."""
-    good = values.dtype.kind in kinds and values.shape == (count,) and np.isfinite(values).all()
-    what = "finite numbers"
-    if name == "std":
-        what = "numbers above 0"
-        good = good and (values > 0).all()
-    if name.startswith("attribute"):
-        what = "0 or 1"
-        good = good and np.isin(values, (0, 1)).all()
-    if not good:
-        raise ValueError(f"{path}: {name} must be {what}, {count} of them; it is {values.dtype} "
-                         f"{values.shape}")
-    return values
 
 
 def synthetic(n_train=1200, n_test=400, classes=10, size=32):
@@ -746,8 +853,7 @@ class Run:
         self.total = o.epochs * self.steps_an_epoch
         self.iteration, self.seconds, self.records, self.step = 0, 0.0, [], None
         self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
-        args = {"alpha": f"{f.alpha:g}", "seed": seed, **identity(o, images), "theta0_crc32": crc32(self.tensors)}
-        self.folder = run_folder(o, f"alpha={f.alpha:g}_seed={seed}", args)
+        self.folder = run_folder(o, f"alpha={f.alpha:g}_seed={seed}", images, self.tensors)
         if o.momentum:
             for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -815,7 +921,7 @@ class Run:
         with naming_out(self.folder), open(self.folder / "log.jsonl", "ab") as log:
             log.write(json_line(record))
         shown = [f"{key} {record[key]:.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
-        progress.record(self.iteration, f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}  " + "  ".join(shown))
+        progress.status(self.iteration, f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}  " + "  ".join(shown), every=0)
         if ended == "diverged":
             progress.line(f"diverged at iteration {self.iteration} (its loss is not a finite number): try a smaller --lr")
 
@@ -869,19 +975,22 @@ class Linearity:
 
     def __init__(self, f, x, y):
         self.f, self.x, self.y = f, x, y
-        model = f.model0
-        if f.alpha < math.inf:
-            model = f.model
-        else:
+        model = getattr(f, "model", None)
+        if model is None:  # a = inf keeps theta0 alone, frozen
             model = copy.deepcopy(f.model0)
             for name, p in model.named_parameters():
                 p.requires_grad_(name in f.names)
-        self.start = self.measure(model)
+        with one_thread:
+            self.start = self.measure(model)
 
     def measure(self, model):
         return empirical_ntk(model, self.x), relu_signs(model, self.x), representation(model, self.x)
 
     def __call__(self):
+        with one_thread:
+            return self.compare()
+
+    def compare(self):
         (K, signs, R), (K0, signs0, R0) = self.start, self.start
         if self.f.alpha < math.inf:
             K, signs, R = self.measure(self.f.model)
@@ -952,27 +1061,22 @@ class Progress:
     quiet = False  # in a child of --jobs, whose parent has the status line
 
     def __init__(self, name, total, done=0):
-        self.name, self.total, self.first, self.begin, self.shown = name, total, done, time.monotonic(), time.monotonic()
-        self.terminal = sys.stdout.isatty()
-
-    def left(self, done):
-        """The time left, as text: at most, since a run may end before its last iteration."""
-        if done <= self.first:
-            return ""
-        seconds = int((time.monotonic() - self.begin) / (done - self.first) * (self.total - done))
-        return f"  at most {datetime.timedelta(seconds=seconds)} left"
+        self.name, self.total, self.first, self.terminal = name, total, done, sys.stdout.isatty()
+        self.begin = self.shown = time.monotonic()
 
     def status(self, done, text, every=10.0):
-        if self.terminal and not self.quiet and time.monotonic() - self.shown > .2:
-            self.shown = time.monotonic()
-            print(f"\r{self.name}  {text}{self.left(done)} \033[K", end="", flush=True)
-        elif not self.terminal and time.monotonic() - self.shown > every:
-            self.record(done, text)
-
-    def record(self, done, text):
-        if not self.terminal:
-            self.shown = time.monotonic()
-            print(f"{self.name:<18} {text}{self.left(done)}", flush=True)
+        """Say how far it is, if that is due: five times a second on a terminal, else `every` so many seconds."""
+        now = time.monotonic()
+        if now - self.shown < (.2 if self.terminal else every) or (self.terminal and self.quiet):
+            return
+        left, self.shown = "", now
+        if done > self.first:  # at most, since a run may end before its last iteration
+            seconds = int((now - self.begin) / (done - self.first) * (self.total - done))
+            left = f"at most {datetime.timedelta(seconds=seconds)} left"
+        if self.terminal:
+            print(f"\r{self.name}  {text}  {left} \033[K", end="", flush=True)
+        else:
+            print(f"{self.name:<18} {text}  {left}", flush=True)
 
     def line(self, text):
         print("\r\033[K" * self.terminal + f"{self.name}: {text}", flush=True)
@@ -982,23 +1086,22 @@ class Progress:
 
 
 def identity(o, images):
-    """What makes two runs comparable: script, options that are part of a run, data; and what is good to know beside."""
-    arrays = [images[name] for name in sorted(images) if isinstance(images[name], np.ndarray)]
-    options = {name: getattr(o, name) for name in o.part_of_run if name != "dtype"}
-    options["dtype"] = str(o.dtype).removeprefix("torch.")
-    return {"script": o.script, "options": options,
-            "data_crc32": crc32(arrays), "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
-            "script_crc32": o.script_crc32, "torch": torch.__version__, "numpy": np.__version__,
-            "python": sys.version.split()[0], "device": str(o.device), "threads": torch.get_num_threads()}
+    """What a run is ("run": script, options that are part of it, data) and what is good to know beside it."""
+    run = {"script": o.script, **{name: getattr(o, name) for name in o.part_of_run}, "dtype": str(o.dtype)[6:],
+           "data_crc32": crc32([v for _, v in sorted(images.items()) if isinstance(v, np.ndarray)])}
+    return {"run": run, "script_crc32": o.script_crc32, "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
+            "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0],
+            "device": str(o.device), "threads": torch.get_num_threads()}
 
 
-def run_folder(o, name, args):
+def run_folder(o, name, images, theta0):
     """The folder OUT/name of one run, made and marked by its args.json. ValueError: it holds another run."""
-    folder = pathlib.Path(o.out) / name
+    folder, args = pathlib.Path(o.out) / name, identity(o, images)
+    args["run"]["theta0_crc32"] = crc32(theta0)
     with naming_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / "args.json").exists():
-        compare(read_args(folder), args, folder)
+        compare(read_args(folder), args["run"], folder)
     else:
         write_atomically(folder / "args.json", json_line(args))
     return folder
@@ -1009,47 +1112,46 @@ def check_folder(o, images):
     args = identity(o, images)
     for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
         there = read_args(path.parent)
-        compare(there, args, path.parent)
+        compare(there, args["run"], path.parent)
         if there.get("script_crc32") != args["script_crc32"]:
             print(f"warning: {path.parent} was run by another text of {o.script}.py")
 
 
-def compare(there, here, folder):
-    """ValueError if the run that a folder holds is another than `here`, naming the first difference."""
-    facts = [(key, there.get(key), here[key]) for key in ("script", "data_crc32", "theta0_crc32") if key in here]
-    facts += [(key, there["options"].get(key), here["options"][key]) for key in here["options"]]
-    for key, old, new in facts:
-        if old != new:
-            raise ValueError(f"{folder} holds a run with {key} = {old}, not {new}: choose another --out, or delete that "
-                             "folder")
+def compare(there, run, folder):
+    """ValueError if the run that a folder holds is another than `run`, naming the first difference."""
+    for key, value in run.items():
+        if there["run"].get(key) != value:
+            raise ValueError(f"{folder} holds a run with {key} = {there['run'].get(key)}, not {value}: choose another "
+                             "--out, or delete that folder")
+
+
+def damaged(path):
+    return ValueError(f"{path} is missing or damaged: choose another --out, or delete the folder {path.parent}")
 
 
 def read_args(folder):
     """A run folder's args.json as a dict. ValueError: missing or damaged."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        return {**args, "options": dict(args["options"])}
+        return {**args, "run": dict(args["run"])}
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}/args.json is missing or damaged: choose another --out, or delete that "
-                         "folder") from None
+        raise damaged(folder / "args.json") from None
 
 
 def read_log(path):
     """The records of a log.jsonl; a half-written last line is left out. ValueError: a damaged line before it."""
-    lines, records = [], []
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    records = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
+            if not line.endswith(b"\n"):
+                break
             record = json.loads(line)
-            numbers = [value for key, value in record.items() if key != "ended"]
-            if not line.endswith(b"\n") or not all(isinstance(v, (int, float, type(None))) for v in numbers):
-                raise ValueError
             records.append(record)
+            numbers = [value for key, value in record.items() if key != "ended"]
+            if not all(isinstance(value, (int, float, type(None))) for value in numbers):
+                raise ValueError
         except (ValueError, AttributeError):
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is damaged: choose another --out, or delete the folder "
-                                 f"{path.parent}") from None
+            raise damaged(path) from None
     return records
 
 
@@ -1059,13 +1161,16 @@ def read_runs(folder):
     runs, first = {}, None
     for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
         records = read_log(path)
-        if not all({"iteration", "epoch", "mean_train_loss"} <= set(record) for record in records):
-            raise ValueError(f"{path} is damaged: choose another --out, or delete the folder {path.parent}")
+        for record in records:
+            if not {"iteration", "epoch", "mean_train_loss"} <= set(record):
+                raise damaged(path)
         if records:
             args = read_args(path.parent)
+            args["run"].pop("theta0_crc32", None)
             first = first or args
-            compare(args, {**first, "theta0_crc32": args.get("theta0_crc32")}, path.parent)
-            runs.setdefault(float(args["alpha"]), {})[int(args["seed"])] = records
+            compare(args, first["run"], path.parent)
+            alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
+            runs.setdefault(float(alpha), {})[int(seed)] = records
     if not runs:
         raise ValueError(f"{folder}: there are no records of runs (--out)")
     return {alpha: dict(sorted(runs[alpha].items())) for alpha in sorted(runs)}
@@ -1231,33 +1336,21 @@ def summarise(runs, quantities, levels, on="mean_train_loss"):
     Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}, "linearity": {...}}}, "paired":
     {"1 - 100": {"levels": {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
     """
-    curves = {}
+    values, linear = {}, {}  # [alpha][seed][level][name] -> number or None
     for alpha, seed in pairs_of(runs):
-        curves[alpha, seed] = curve(runs[alpha][seed])
-    read = {}  # (alpha, seed, level) -> {name: number or None}
-    for (alpha, seed), columns in curves.items():
-        wanted = {**quantities(columns), **{key: columns[key] for key in LINEARITY}}
-        for level in levels:
-            read[alpha, seed, level] = {name: value_at(level, columns[on], q) for name, q in wanted.items()}
-    names = list(quantities(next(iter(curves.values()))))
+        columns = curve(runs[alpha][seed])
+        for found, wanted in ((values, quantities(columns)), (linear, {key: columns[key] for key in LINEARITY})):
+            at = found.setdefault(alpha, {})[seed] = {}
+            for level in levels:
+                at[f"{level:.3g}"] = {name: value_at(level, columns[on], array) for name, array in wanted.items()}
+        linear[alpha][seed]["end"] = {key: runs[alpha][seed][-1].get(key) for key in LINEARITY}
     summary = {"alphas": {}, "paired": {}}
-    for alpha, seeds in runs.items():
-        part = summary["alphas"][f"{alpha:g}"] = {"levels": {}, "linearity": {}}
-        for level in levels:
-            cells = [read[alpha, seed, level] for seed in seeds]
-            fill(part["levels"], level, {name: spread([c[name] for c in cells]) for name in names})
-            fill(part["linearity"], level, {key: spread([c[key] for c in cells]) for key in LINEARITY})
-        last = [records[-1] for records in seeds.values()]
-        fill(part["linearity"], "end", {key: spread([r.get(key) for r in last]) for key in LINEARITY})
+    for alpha in runs:
+        summary["alphas"][f"{alpha:g}"] = {"levels": table(list(values[alpha].values())),
+                                           "linearity": table(list(linear[alpha].values()))}
     for a, b in itertools.combinations(runs, 2):
-        part = summary["paired"][f"{a:g} - {b:g}"] = {"levels": {}}
-        both = [seed for seed in runs[a] if seed in runs[b]]
-        for level in levels:
-            row = {}
-            for name in names:
-                differences = [minus(read[a, s, level][name], read[b, s, level][name]) for s in both]
-                row[name] = spread(differences, interval=True)
-            fill(part["levels"], level, row)
+        differences = [subtract(values[a][seed], values[b][seed]) for seed in runs[a] if seed in runs[b]]
+        summary["paired"][f"{a:g} - {b:g}"] = {"levels": table(differences, interval=True)}
     return summary
 
 
@@ -1265,55 +1358,56 @@ LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_al
              "linearisation_error", "update_noise")
 
 
-def fill(rows, level, row):
-    """Put the cells of a row that have a value into a table under its level."""
-    row = {name: cell for name, cell in row.items() if cell}
-    if row:
-        rows[level if level == "end" else f"{level:.3g}"] = row
+def table(cells, interval=False):
+    """The spread over a list of {level: {name: number or None}}: {level: {name: spread}}, without what is empty."""
+    rows = {}
+    for level in cells[0] if cells else ():
+        row = {name: spread([cell[level][name] for cell in cells], interval) for name in cells[0][level]}
+        row = {name: value for name, value in row.items() if value}
+        if row:
+            rows[level] = row
+    return rows
 
 
-def pairs_of(runs):
-    return [(alpha, seed) for alpha, seeds in runs.items() for seed in seeds]
+def subtract(one, other):
+    """The differences of two {level: {name: number or None}}."""
+    return {level: {name: minus(value, other[level][name]) for name, value in row.items()} for level, row in one.items()}
 
 
 def minus(a, b):
     return None if a is None or b is None else a - b
 
 
-def lowest_common_level(runs, summary, name):
-    """The lowest level at which every run has a value of `name`, as text; None if there is none."""
-    found = None
-    first = summary["alphas"][f"{min(runs):g}"]["levels"]
-    for level in first:  # highest first
-        counts = [summary["alphas"][f"{a:g}"]["levels"].get(level, {}).get(name) for a in runs]
-        if all(cell and cell["n"] == len(seeds) for cell, seeds in zip(counts, runs.values())):
-            found = level
-    return found
+def pairs_of(runs):
+    return [(alpha, seed) for alpha, seeds in runs.items() for seed in seeds]
 
 
 def sentence(runs, summary, name, opening, larger, smaller):
     """The conclusion: `name` at the smallest and the largest alpha, at the lowest level that every run has, and what
     their paired difference says: `larger` where its interval lies above 0, `smaller` where below."""
     a, b = f"{min(runs):g}", f"{max(runs):g}"
-    level = lowest_common_level(runs, summary, name)
     if a == b:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    if level is None:
+    rich, lazy, paired = (part["levels"] for part in (summary["alphas"][a], summary["alphas"][b],
+                                                      summary["paired"].get(f"{a} - {b}")))
+    everybody = [level for level in paired if name in paired[level] and all(
+        part["levels"].get(level, {}).get(name, {"n": 0})["n"] == len(seeds)
+        for part, seeds in zip(summary["alphas"].values(), runs.values()))]
+    if not everybody:
         return "No loss level was passed by every run yet: nothing is concluded."
-    rich, lazy = (summary["alphas"][alpha]["levels"][level][name]["mean"] for alpha in (a, b))
-    difference = summary["paired"][f"{a} - {b}"]["levels"].get(level, {}).get(name)
-    text = f"{opening.format(level=level)} {rich:.2f} at alpha = {a} and {lazy:.2f} at alpha = {b}"
-    if difference is None:
-        return f"{text}; no seed has both."
+    level = everybody[-1]  # highest first
+    difference = paired[level][name]
+    text = (f"{opening.format(level=level)} {rich[level][name]['mean']:.2f} at alpha = {a} and "
+            f"{lazy[level][name]['mean']:.2f} at alpha = {b}, paired difference {difference['mean']:.2f}")
     if "interval" not in difference:
-        return f"{text}, paired difference {difference['mean']:.2f}: an interval takes three seeds, so nothing is concluded."
+        return f"{text}; an interval takes three seeds: nothing is concluded."
     low, high = difference["interval"]
     verdict = "these runs do not show a difference"
     if low > 0:
         verdict = larger
     if high < 0:
         verdict = smaller
-    return f"{text}, paired difference {difference['mean']:.2f} [{low:.2f}, {high:.2f}] ({difference['n']} seeds): {verdict}."
+    return f"{text} [{low:.2f}, {high:.2f}] ({difference['n']} seeds): {verdict}."
 
 
 def print_table(title, rows, columns):
@@ -1340,17 +1434,6 @@ def print_claim(title, summary, name):
         for level, row in summary["paired"][f"{alpha} - {largest}"]["levels"].items():
             rows[level][columns[-1]] = row.get(name)
     print_table(title, dict(sorted(rows.items(), key=lambda row: -float(row[0]))), columns)
-
-
-def print_linearity(summary):
-    """The linearity measures at the paper's losses 1.0 and .5, where they were reached, and at the end."""
-    rows = {}
-    for alpha, part in summary["alphas"].items():
-        for level in ("1", "0.5", "end"):
-            if level in part["linearity"]:
-                rows[f"{alpha} at {level}"] = part["linearity"][level]
-    print_table("Linearity on held-out images, alpha at a mean training loss", rows,
-                ["sign_similarity", "repr_alignment", "ntk_alignment", "linearisation_error"])
 
 
 def cell(value):
@@ -1398,11 +1481,6 @@ def draw_band(ax, seeds, x, y, read=value_at, **style):
             middle.append(level), mean.append(np.mean(values)), least.append(min(values)), most.append(max(values))
     ax.plot(middle, mean, **style)
     ax.fill_between(middle, least, most, color=style["color"], alpha=.18, linewidth=0)
-
-
-def at_iteration(iteration, iterations, quantity):
-    """A reading for draw_band: y against iterations, on a line between two probes."""
-    return float(np.interp(iteration, iterations, quantity))
 
 
 def draw_linearity(similarity, error, runs, x, read=value_at):
@@ -1467,11 +1545,6 @@ SHARED = {
 }
 
 
-def merged(table):
-    """The shared options with a script's own; those that it names None are left out."""
-    return {name: row for name, row in {**SHARED, **table}.items() if row is not None}
-
-
 def options(script, table, quick, given, file):
     """One call's options as a namespace: defaults, then --quick's preset, then what is given (words or Python values).
 
@@ -1479,17 +1552,18 @@ def options(script, table, quick, given, file):
     whatever is wrong with them.
     """
     table = merged(table)
-    for name in given:
-        if name not in table:
-            raise ValueError(f"there is no option {name}: {near(name, table)}")
     chosen = {name: default for name, (_, default, _, _) in table.items()}
     chosen["out"] = f"runs/{script}"
     if given.get("quick"):
         chosen.update(quick, out=f"runs/{script}_quick")
-    chosen.update({name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if name not in table:
+            raise ValueError(f"there is no option {name}: {near(name, table)}")
+        if value is not None:
+            chosen[name] = value
     o = types.SimpleNamespace(script=script, script_crc32=zlib.crc32(pathlib.Path(file).read_bytes()))
     for name, (_, default, bounds, _) in table.items():
-        setattr(o, name, checked(name, chosen[name], default, bounds))
+        setattr(o, name, checked(flag(name), chosen[name], default, bounds))
     o.part_of_run = [name for name in table if table[name][0] in ("training", "looking")]
     o.alpha = sorted(o.alpha)
     for alpha in o.alpha:
@@ -1501,34 +1575,38 @@ def options(script, table, quick, given, file):
     return o
 
 
-def checked(name, value, default, bounds):
+def merged(table):
+    """The shared options with a script's own; those that it names None are left out."""
+    return {name: row for name, row in {**SHARED, **table}.items() if row is not None}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def checked(flag, value, default, bounds):
     """The value of an option, a word or a Python value, as the type of its default; ValueError if it is none."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(default, list):
-        kind = default[0] if default else 1.0
-        several = value if isinstance(value, (list, tuple, range, np.ndarray)) else [value]
-        return list(dict.fromkeys(checked(name, one, kind, bounds) for one in several))
     if value is default and isinstance(default, type):
         return None
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{flag} is True or False, not {value}")
+    if isinstance(default, list):
+        one = default[0] if default else 1.0
+        several = value if isinstance(value, (list, tuple, range, np.ndarray)) else [value]
+        return list(dict.fromkeys(checked(flag, each, one, bounds) for each in several))
+    if isinstance(default, bool) and isinstance(value, bool):
         return value
-    if isinstance(default, str):
-        if bounds and str(value) not in bounds:
-            raise ValueError(f"{flag} {value}: {near(value, bounds)}")
-        return str(value)
     kind = default if isinstance(default, type) else type(default)
     try:
-        number = kind(str(value))  # by way of text: False is not 0, and 2.5 is no whole number
-        good = within(number, bounds)
+        result = kind(str(value))  # by way of text: False is not 0, and 2.5 is no whole number
+        good = kind is not bool and (within(result, bounds) if kind in (int, float) else not bounds or result in bounds)
     except ValueError:
         good = False
-    if not good:
-        what = "a whole number" if kind is int else "a number"
-        hint = " (separate several by spaces)" if "," in str(value) else ""
-        raise ValueError(f"{flag} must be {what} {bounds.replace(', ', ' and ')}, not {value}{hint}")
-    return number
+    if good:
+        return result
+    if isinstance(bounds, list):
+        raise ValueError(f"{flag} {value}: {near(value, bounds)}")
+    what = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+    hint = " (separate several by spaces)" if "," in str(value) else ""
+    raise ValueError(f"{flag} must be {what} {(bounds or '').replace(', ', ' and ')}, not {value}{hint}")
 
 
 def within(number, bounds):
@@ -1566,68 +1644,57 @@ def sweep(o, load, run, conclude, draw):
     """Train what --out does not hold yet, run(alpha, seed, load(o), o) for each pair; then conclude(o, runs) and
     draw(o, runs) from every run that is there. Returns the summary. Under torchrun each process takes its share of the
     pairs, and whoever finds every run ended concludes."""
-    pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
     if not o.draw_only:
+        pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
+        mine = share_of_rank(pairs)
         images = load(o)
         check_folder(o, images)
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        share = unfinished(o, pairs[rank::world])
-        if not pairs[rank::world]:
-            print(f"rank {rank} of {world}: there is no run for this process")
-        work = functools.partial(run_in_child, load, run, o)
-        if jobs_of(o, share) == 1:
-            work = functools.partial(run_here, run, images, o)
-        progress = Progress("sweep", o.epochs * len(share))
-        for _ in side_by_side(o, work, share, lambda: watch(o, share, progress)):
+        missing = [pair for pair in mine if not finished(log_of(o, *pair), o)]
+        work = functools.partial(run_here, load, run, images if jobs_of(o, missing) == 1 else None, o)
+        progress = Progress("sweep", o.epochs * len(missing))
+        for _ in side_by_side(o, work, missing, lambda: watch(o, missing, progress)):
             pass
-        if unfinished(o, pairs):
+        if not all(finished(log_of(o, *pair), o) for pair in pairs):
             return {}  # another process is at work on them, and will conclude
-    runs = read_runs(o.out)
-    there = read_args(next(pathlib.Path(o.out).glob("alpha=*_seed=*")))
-    if there.get("script") != o.script:
-        raise ValueError(f"{o.out} holds runs of {there.get('script')}.py: choose another --out")
+    runs, there = read_runs(o.out), read_args(next(pathlib.Path(o.out).glob("alpha=*_seed=*")))
+    compare(there, {"script": o.script}, o.out)
     o.dataset = there.get("dataset")
     summary = conclude(o, runs)
-    summary["diverged"] = [f"alpha={a:g}_seed={s}" for a, s in pairs_of(runs) if runs[a][s][-1].get("ended") == "diverged"]
-    summary["options"] = {"script": o.script, "dataset": o.dataset, "levels": o.levels}
+    summary["options"] = {"script": o.script, "dataset": o.dataset, "levels": o.levels, **there["run"]}
+    diverged = [pair for pair in pairs_of(runs) if runs[pair[0]][pair[1]][-1].get("ended") == "diverged"]
+    summary["diverged"] = [f"alpha={alpha:g}_seed={seed}" for alpha, seed in diverged]
     write_atomically(pathlib.Path(o.out) / "summary.json", json_line(summary))
     draw(o, runs)
     print(f"\nwrote {o.out}/summary.json and the pictures beside it\n\n{summary['conclusion']}")
     return json.loads(json_line(summary))
 
 
+def share_of_rank(tasks):
+    """This process's share of the tasks: all, or under torchrun every WORLD_SIZE-th."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= len(tasks):
+        print(f"rank {rank} of {world}: there is no run for this process")
+    return tasks[rank::world]
+
+
 def log_of(o, alpha, seed):
     return read_log(pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}" / "log.jsonl")
 
 
-def unfinished(o, pairs):
-    """The (alpha, seed) pairs that these options leave something to train of."""
-    return [pair for pair in pairs if not finished(log_of(o, *pair), o)]
-
-
-def run_here(run, images, o, alpha, seed):
+def run_here(load, run, images, o, alpha, seed):
+    """One run in this process; a child of --jobs gets images as None and loads its own, once."""
+    if images is None:
+        run_here.images = images = getattr(run_here, "images", None) or load(o)
     with torch.inference_mode(False), torch.enable_grad():
         run(alpha, seed, images, o)
 
 
-def run_in_child(load, run, o, alpha, seed):
-    if "images" not in loaded:
-        loaded["images"] = load(o)
-    run(alpha, seed, loaded["images"], o)
-
-
-loaded = {}  # in a child of --jobs: its own data, for all its runs
-
-
-def watch(o, share, progress):
+def watch(o, pairs, progress):
     """One status line for runs side by side, read off their records."""
-    last = [(log_of(o, *pair) or [None])[-1] for pair in share]
-    last = [record for record in last if record]
-    if last and progress.terminal:
-        done = sum(o.epochs if "ended" in record else record["epoch"] for record in last)
-        ended = sum("ended" in record for record in last)
-        losses = ", ".join(f"{record['mean_train_loss'] or math.nan:.3f}" for record in last if "ended" not in record)
-        progress.status(done, f"{ended} of {len(share)} runs ended, losses {losses}")
+    last = [log[-1] for log in [log_of(o, *pair) for pair in pairs] if log]
+    going = [f"{record['mean_train_loss']:.3f}" for record in last if "ended" not in record]
+    done = sum(o.epochs if "ended" in record else record["epoch"] for record in last)
+    progress.status(done, f"{len(last) - len(going)} of {len(pairs)} runs ended, losses {' '.join(going)}", math.inf)
 
 
 def jobs_of(o, tasks):
@@ -1643,10 +1710,9 @@ def cores():
 def side_by_side(o, work, tasks, look):
     """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process); look() meanwhile, once a
     second. The first exception, or Ctrl-C, ends all; a child ends with its parent."""
-    jobs = jobs_of(o, tasks)
-    threads = 1 if o.quick or o.script == "toy" else max(1, cores() // jobs)
+    jobs, before = jobs_of(o, tasks), torch.get_num_threads()
+    threads = 1 if o.quick or o.script == "toy" else max(1, cores() // jobs)  # threads of small networks only wait
     if jobs == 1:
-        before = torch.get_num_threads()
         torch.set_num_threads(min(before, threads))
         try:
             for task in tasks:
@@ -1654,7 +1720,7 @@ def side_by_side(o, work, tasks, look):
         finally:
             torch.set_num_threads(before)
         return
-    others = set(multiprocessing.active_children())
+    others, waiting = set(multiprocessing.active_children()), True
     pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_child, (threads,))
     try:
         waiting = {pool.submit(work, *task) for task in tasks}
@@ -1693,28 +1759,25 @@ class Parser(argparse.ArgumentParser):
 
 def parse_words(script, table, quick, doc, words=None):
     """A command line as the keywords of main(**options). Raises ValueError."""
-    parser = Parser(prog=f"{script}.py", description=doc.split("\n")[0], epilog=doc.partition("\n")[2].strip("\n"),
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    groups = {}
-    for name, (group, default, bounds, text) in merged(table).items():
+    title, _, rest = doc.partition("\n")
+    parser = Parser(prog=f"{script}.py", description=title, epilog=rest.strip("\n"), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups, table = {}, merged(table)
+    for name, (group, default, _, text) in table.items():
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        flag, settings = "--" + name.replace("_", "-"), {"metavar": name.upper()[:8]}
-        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default).replace("SCRIPT", script)
+        shown = [] if isinstance(default, (bool, type)) else [str(default)]
         if name in quick:
-            preset = quick[name]
-            shown += "; --quick: " + (" ".join(map(str, preset)) if isinstance(preset, list) else str(preset))
+            shown.append(f"--quick: {quick[name]}")
+        settings = {"help": f"{text} ({'; '.join(shown)})" if shown else text, "default": None}
         if isinstance(default, bool):
-            settings, shown = {"action": "store_true", "default": None}, ""
-        elif isinstance(default, list):
-            settings["nargs"] = "+"
-        elif isinstance(default, type):
-            shown = ""
-        groups[group].add_argument(flag, **settings, help=text + (f" ({shown})" if shown else ""))
+            groups[group].add_argument(flag(name), action="store_true", **settings)
+        else:
+            several = "+" if isinstance(default, list) else None
+            groups[group].add_argument(flag(name), nargs=several, metavar="X", **settings)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in merged(table)]
-        raise ValueError(f"{unknown[0]}: {near(unknown[0], flags)}")
+        raise ValueError(f"{unknown[0]}: {near(unknown[0], [flag(name) for name in table])}")
     return {name: value for name, value in vars(given).items() if value is not None}
 
 

@@ -167,7 +167,6 @@ def conclude(o, runs):
     for alpha, part in summary["alphas"].items():
         common.print_table(f"Loss of the deciles, alpha = {alpha}, at equal mean training loss", part["levels"],
                            [f"decile_{d}" for d in (1, 3, 8, 10)])
-    common.print_linearity(summary)
     print("\nMean training loss at which each decile has fallen to half its initial loss (hardest to easiest)")
     for alpha, seeds in runs.items():
         part = summary["alphas"][f"{alpha:g}"]["half_way"] = {}
@@ -215,7 +214,7 @@ def draw(o, runs):
     panel(left, "test_decile", "mean_train_loss")
     left.set_title("Test loss by decile")
     left.invert_xaxis()
-    panel(right, "decile", "iteration", common.at_iteration)
+    panel(right, "decile", "iteration", np.interp)
     right.set(title="Training loss by decile", xscale="symlog", xlim=(1, None))
     common.save_figure(figure, o.out, "cscore_curves")
 

@@ -85,7 +85,6 @@ def conclude(o, runs):
     common.print_claim("Loss of the noisy examples at equal loss of the clean ones", at_clean, "noisy_loss")
     common.print_claim("Test accuracy at equal loss of the clean examples", at_clean, "test_acc")
     common.print_claim("Gap, loss of the noisy minus loss of the clean, at equal mean training loss", summary, "gap")
-    common.print_linearity(summary)
     print()
     for alpha, seeds in runs.items():
         lowest = [smallest_test_loss(records) for records in seeds.values()]
@@ -134,7 +133,7 @@ def draw(o, runs):
     for alpha, seeds in runs.items():
         for name, style in styles.items():
             for ax, what in ((losses, "loss"), (accuracies, "acc")):
-                common.draw_band(ax, seeds, "iteration", f"{name}_{what}", common.at_iteration,
+                common.draw_band(ax, seeds, "iteration", f"{name}_{what}", np.interp,
                                  color=common.colour(alpha), linestyle=style)
     for ax, what in ((losses, "loss"), (accuracies, "accuracy")):
         ax.set(xscale="symlog", xlim=(1, None), xlabel="iteration", ylabel=what)

@@ -419,7 +419,6 @@ def conclude(o, runs):
     common.print_claim("Gap, loss of the cells against minus loss of those with, at equal mean training loss", summary, "gap")
     common.print_claim("Accuracy of the worst test cell at equal mean training loss", summary, "worst_test_acc")
     summary["at_equal_accuracy"] = at_equal_accuracy(o, runs)
-    common.print_linearity(summary)
     summary["conclusion"] = common.sentence(
         runs, summary, "gap", "At equal mean training loss {level} the loss against the correlation is above that with it by",
         "the rich network leans on the spurious attribute more, as in the paper",
@@ -484,8 +483,8 @@ def draw(o, runs):
     for alpha, seeds in runs.items():
         colour = common.colour(alpha)
         common.draw_band(worst, seeds, "mean_train_loss", "worst_test_acc", color=colour)
-        common.draw_band(time, seeds, "iteration", "against_loss", common.at_iteration, color=colour, linestyle="-")
-        common.draw_band(time, seeds, "iteration", "with_loss", common.at_iteration, color=colour, linestyle="--")
+        common.draw_band(time, seeds, "iteration", "against_loss", np.interp, color=colour, linestyle="-")
+        common.draw_band(time, seeds, "iteration", "with_loss", np.interp, color=colour, linestyle="--")
     worst.set(title="Worst test cell", xlabel="mean training loss (training: to the right)", ylabel="accuracy")
     worst.invert_xaxis()
     time.set(title="Against iterations: no fair comparison", xscale="symlog", xlim=(1, None), xlabel="iteration", ylabel="loss")

@@ -1,6 +1,6 @@
 """Speed as ratios against plain baselines in the same process.
 
-    python tests/benchmark.py [step] [ntk] [toy] [checkpoint]
+    python tests/benchmark.py [step] [ntk] [toy] [checkpoint] [probe]
 
 Absolute times depend on the machine and on what else it is doing; compare lines of one run. Prints the machine first.
 """
@@ -97,48 +97,106 @@ def jacrev(model, x):
     return torch.einsum("icp,jep->icje", J, J)
 
 
+def unchecked(model, x):
+    """empirical_ntk without the check of its answer."""
+    J = common.Jacobian(model, x, 2**30, structured=True)
+    return J.product(J)
+
+
 def bench_ntk():
     torch.manual_seed(0)
-    model = common.resnet18(10)
-    print(f"\nNTK of ResNet18, all outputs, exact ({matrix_rate():.0f} GFLOP/s matrix rate)")
+    print("\nNTK of ResNet18, all outputs, exact and checked")
     for C in (1, 10):
-        net = common.resnet18(C)
+        model = common.resnet18(C)
         for n in (25, 50, 100):
             x = torch.randn(n, 3, 32, 32)
-            t, = seconds(lambda: common.empirical_ntk(net, x), repeats=3)
-            flops = counted(lambda: common.empirical_ntk(net, x))
+            t, t_unchecked = seconds(lambda: common.empirical_ntk(model, x), lambda: unchecked(model, x), repeats=3)
+            flops = counted(lambda: common.empirical_ntk(model, x))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"  N = {n:<4} C = {C:<3} {t:7.2f} s  {flops:7.0f} GFLOP  {flops / t:5.0f} GFLOP/s   "
-                  f"peak memory so far {peak:.2f} GiB")
+            print(f"  N = {n:<4} C = {C:<3} {t:7.2f} s  the check {1 - t_unchecked / t:4.0%}  {flops:6.0f} GFLOP  "
+                  f"{flops / t:5.0f} GFLOP/s   peak memory so far {peak:.2f} GiB")
     x = torch.randn(10, 3, 32, 32)
     t, = seconds(lambda: common.empirical_ntk(model, x), repeats=5)
     t_jacrev, = seconds(lambda: jacrev(model, x), repeats=1)
     print(f"  N = 10, C = 10: {t:.3f} s; vmap(jacrev) and a product {t_jacrev:.1f} s, {t_jacrev / t:.0f} x")
+    bench_nngeometry(model, x)
+    bench_neural_tangents(model)
+
+
+def bench_nngeometry(model, x):
     try:
         from nngeometry.gram import GramMatrix
     except ImportError:
         print("  nngeometry is not installed: not compared")
         return
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=10)
+    t, = seconds(lambda: common.empirical_ntk(model, x), repeats=5)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=len(x))
     begin = time.perf_counter()
     GramMatrix(model, loader)
-    print(f"  nngeometry's dense GramMatrix, N = 10, C = 10: {(time.perf_counter() - begin) / t:.0f} x")
+    print(f"  nngeometry's dense GramMatrix, N = {len(x)}, C = 10: {(time.perf_counter() - begin) / t:.0f} x")
+
+
+def bench_neural_tangents(model, sizes=(10, 25, 50)):
+    """neural-tangents' structured derivatives of the same network in jax (0.6.5 with jax 0.4.20; a later jax does not
+    run it), compiled, the compilation not counted."""
+    try:
+        import jax
+        import neural_tangents
+    except Exception as e:  # an unfitting pair of versions raises anything
+        print(f"  neural-tangents cannot be imported ({type(e).__name__}): not compared")
+        return
+    theta = {name: jax.numpy.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
+    kernel = jax.jit(neural_tangents.empirical_ntk_fn(
+        jax_resnet18, trace_axes=(), vmap_axes=0,
+        implementation=neural_tangents.NtkImplementation.STRUCTURED_DERIVATIVES))
+    print(f"  neural-tangents {neural_tangents.__version__}, jax {jax.__version__}, structured derivatives, C = 10:")
+    for n in sizes:
+        x = torch.randn(n, 3, 32, 32)
+        images = jax.numpy.asarray(x.numpy())
+        theirs = lambda: np.asarray(kernel(images, None, theta))  # (N, N, C, C)
+        t, t_unchecked, t_theirs = seconds(lambda: common.empirical_ntk(model, x), lambda: unchecked(model, x),
+                                           theirs, repeats=5)
+        K = common.empirical_ntk(model, x).numpy()
+        difference = np.linalg.norm(theirs().transpose(0, 2, 1, 3) - K) / np.linalg.norm(K)
+        print(f"    N = {n:<4} {t_theirs:7.2f} s, {t_theirs / t:.1f} x ours, {t_theirs / t_unchecked:.1f} x ours "
+              f"without the check; they agree to {difference:.0e}")
+
+
+def jax_resnet18(theta, x):
+    """common.resnet18's network in plain jax; theta: {name: array} as in torch, x (N, C, H, W)."""
+    import jax
+    relu = jax.nn.relu
+
+    def conv(name, x, stride=1, padding=1):
+        out = jax.lax.conv_general_dilated(x, theta[f"{name}.weight"], (stride, stride), [(padding, padding)] * 2,
+                                           dimension_numbers=("NCHW", "OIHW", "NCHW"))
+        return out + theta[f"{name}.bias"][None, :, None, None]
+
+    x = relu(conv("conv1", x, 2, 3))
+    x = jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 1, 3, 3), (1, 1, 2, 2), [(0, 0), (0, 0), (1, 1), (1, 1)])
+    for layer in (1, 2, 3, 4):
+        for block in (0, 1):
+            name = f"layer{layer}.{block}"
+            stride = 2 if layer > 1 and block == 0 else 1
+            shortcut = conv(f"{name}.downsample", x, stride, 0) if stride > 1 else x
+            h = relu(conv(f"{name}.conv1", x, stride))
+            x = relu(shortcut + conv(f"{name}.conv2", h))
+    return x.mean((2, 3)) @ theta["fc.weight"].T + theta["fc.bias"]
 
 
 def bench_toy(repeats=7, chunk=25):
     """One step of the toy experiment, per run: batched against one plain network."""
-    o = toy.common.parse(toy.make_parser(), toy.QUICK, [], dict(device="cpu"))
+    o = common.options("toy", toy.OPTIONS, toy.QUICK, dict(device="cpu"), toy.__file__)
     batch = toy.Batch(range(chunk), 1.0, o)
 
-    @torch.no_grad()
     def batched(steps=50):
         for _ in range(steps):
-            margin = batch.y * batch.outputs()
-            (F.softplus(-margin).mean((1, 2)) > 0).all()
-            batch.step(-batch.y * torch.sigmoid(-margin) / toy.POINTS)
+            loss = batch.loss()
+            (loss > 0).all().item()
+            batch.step(loss)
 
     x, _, grid = (t.float() for t in toy.points(0, o))
-    y, grid_y = ((toy.label(o.task, t)[0] > 0).float() for t in (x, grid))
+    y, grid_y = ((toy.label(o.task, points)[0] > 0).float() for points in (x, grid))
     f = common.center(toy.network(0, o), 1.0)
     optimizer = torch.optim.SGD(f.model.parameters(), lr=o.lr)
 
@@ -167,15 +225,41 @@ def bench_toy(repeats=7, chunk=25):
 
 def bench_checkpoint():
     """A checkpoint of ResNet18 with momentum, against the minute between two of them."""
-    tensors = [p.detach() for p in common.resnet18(10).parameters()]
+    import types
     with tempfile.TemporaryDirectory() as folder:
-        state = {"log_bytes": 0, "parameters": tensors, "momentum": tensors}
-        t, = seconds(lambda: common.save_checkpoint(pathlib.Path(folder), state, spare=True), repeats=5)
+        training = types.SimpleNamespace(folder=pathlib.Path(folder), iteration=0, seconds=0.0, records=[],
+                                         tensors=2 * [p.detach() for p in common.resnet18(10).parameters()])
+        t, = seconds(lambda: common.Run.save(training), repeats=5)
     print(f"\ncheckpoint: {t:.3f} s, {t / 60:.2%} of a run at one a minute")
+
+
+def bench_probe():
+    """Probing's share of a rich run, from the time of a probe, a kernel and a step of ResNet18."""
+    torch.manual_seed(0)
+    f = common.center(common.resnet18(10), 1.0)
+    optimizer = common.scaled_sgd(f, .01, .9)
+    x, y = torch.randn(1000, 3, 32, 32), torch.randint(10, (1000,))
+    f0 = common.outputs(f.model0, x)
+    linearity = common.Linearity(f, x[:100], y[:100])
+
+    def step():
+        loss = F.cross_entropy(f(x[:125], f0[:125]), y[:125])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    t_step, t_group, t_linearity = seconds(step, lambda: common.outputs(f, x, f0), linearity, repeats=3)
+    print(f"\nprobe: {t_group:.2f} s a group of 1,000, {t_linearity:.2f} s the linearity measures, {t_step:.3f} s a step")
+    for examples, epochs in ((40000, 11), (40000, 200), (4068, 12)):
+        total = epochs * (examples // 125)
+        probes = len(common.schedule(examples // 125, total))
+        looking = probes * 3 * t_group + (probes / 5 + 1) * t_linearity
+        share = looking / (looking + total * t_step)
+        print(f"  {examples:>6} images, {epochs:>3} epochs: {probes:>3} probes of three groups, {share:.0%} of the run")
 
 
 if __name__ == "__main__":
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    benchmarks = {"step": bench_step, "ntk": bench_ntk, "toy": bench_toy, "checkpoint": bench_checkpoint}
+    benchmarks = {"step": bench_step, "ntk": bench_ntk, "toy": bench_toy, "checkpoint": bench_checkpoint, "probe": bench_probe}
     for name in sys.argv[1:] or benchmarks:
         benchmarks[name]()

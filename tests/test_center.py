@@ -160,15 +160,36 @@ def test_optimizer_has_no_weight_decay_and_leaves_theta0_alone():
     assert common.scaled_sgd(common.center(network(), math.inf), .1).param_groups[0]["lr"] == .1
 
 
+class DropPath(nn.Module):
+    """As in timm."""
+
+    def __init__(self, drop_prob=0.):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        return x
+
+
+def stochastic_depth():
+    return pytest.importorskip("torchvision").ops.StochasticDepth(.2, "row")
+
+
+def drop_block():
+    return pytest.importorskip("torchvision").ops.DropBlock2d(.2, 3)
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(16), nn.Dropout(.5), nn.BatchNorm1d(16, track_running_stats=False),
-                                   nn.RReLU(), nn.AlphaDropout(.1)])
+                                   nn.RReLU(), nn.AlphaDropout(.1), DropPath(.1), stochastic_depth, drop_block,
+                                   nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))])
 @pytest.mark.parametrize("alpha", [1, math.inf])
 def test_networks_that_depend_on_chance_or_batch_are_refused(layer, alpha):
-    model = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3))
+    layer = layer if isinstance(layer, nn.Module) else layer()
+    model = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3)).train()
     for call in (lambda: common.center(model, alpha), lambda: common.empirical_ntk(model, torch.randn(4, 5))):
         with pytest.raises(ValueError, match="training mode"):
             call()
-    if getattr(layer, "track_running_stats", True):
+    if getattr(layer, "track_running_stats", True) and type(layer).__name__ != "DropBlock2d":  # it wants images
         f = common.center(model.eval(), alpha)
         assert not f(torch.randn(4, 5)).any()
         f.train()
@@ -223,3 +244,136 @@ def test_center_takes_networks_with_pretrained_batch_norm_in_eval_mode():
         loss = f(torch.randn(5, 3, 8, 8)).sum()
         loss.backward()
         assert loss == 0
+
+
+def test_random_in_eval_mode_is_refused_too_and_no_chance_is_not():
+    with pytest.raises(ValueError, match="FractionalMaxPool2d"):
+        common.center(nn.Sequential(nn.FractionalMaxPool2d(2, 3)).eval(), 1)
+    common.center(nn.Sequential(nn.Dropout(0.), DropPath(), DropPath(None), nn.Linear(2, 2)), 1)
+
+
+def test_scaled_sgd_without_center_says_so():
+    for model in (network(), nn.Sequential(nn.ELU(2.0)), nn.ELU(2.0)):  # ELU has an alpha of its own
+        with pytest.raises(ValueError, match="center"):
+            common.scaled_sgd(model, .1)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_gradient_in_x(cached):
+    x, _ = batch()
+    x.requires_grad_()
+    f = common.center(network(), 3.0)
+    f0 = f.model0(x).detach() if cached else None
+    assert not torch.autograd.grad(f(x, f0).sum(), x)[0].any()  # 0 at initialisation
+    with torch.no_grad():
+        for p in f.model.parameters():
+            p.add_(.1)
+    gradient, = torch.autograd.grad((f(x, f0)**2).sum(), x)
+    g = torch.Generator().manual_seed(0)
+    direction = torch.randn(x.shape, generator=g, dtype=x.dtype)
+    with torch.no_grad():
+        up, down = ((f(x + e * direction)**2).sum() for e in (1e-6, -1e-6))
+    assert math.isclose((up - down).item() / 2e-6, (gradient * direction).sum().item(), rel_tol=1e-6)
+
+
+def test_a_step_builds_no_graph_of_theta0():
+    f = common.center(network(), 3.0)
+    f0 = []
+    f.model0.register_forward_hook(lambda m, args, out: f0.append(out))
+    f(batch()[0]).sum().backward()
+    assert f0[0].grad_fn is None and all(p.grad is None for p in f.model0.parameters())
+
+
+@pytest.mark.parametrize("alpha", [.5, 100, math.inf])
+def test_a_network_that_changes_its_input_still_gives_0(alpha):
+    f = common.center(nn.Sequential(nn.ReLU(inplace=True), network()), alpha)
+    x = batch()[0]
+    before = x.clone()
+    for _ in range(2):
+        assert not f(x).any() and torch.equal(x, before)
+    with torch.no_grad():
+        assert not f(x).any()
+
+
+class Square(torch.autograd.Function):
+    """Has no forward-mode formula."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Squared(nn.Module):
+    def __init__(self, by_hand):
+        super().__init__()
+        self.by_hand = by_hand
+
+    def forward(self, x):
+        return Square.apply(x) if self.by_hand else x**2
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0][:, -1]
+
+
+def with_delta(model):
+    f = common.center(model, math.inf)
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for d in f.delta:
+            d.normal_(generator=g)
+    return f
+
+
+def test_two_reverse_passes_equal_forward_mode():
+    """The same network with a layer that has a forward-mode formula, and with one that has none: outputs, gradients in
+    delta and in x."""
+    x = batch()[0].requires_grad_()
+    results = []
+    for by_hand in (False, True):
+        f = with_delta(nn.Sequential(network(outputs=4), Squared(by_hand), network(1, inputs=4)))
+        out = f(x)
+        results.append([out, *torch.autograd.grad((out**2).sum(), [x, *f.delta])])
+        with torch.no_grad():
+            assert torch.equal(f(x), out) and not f(x).requires_grad
+        with torch.inference_mode():
+            assert torch.allclose(f(x.detach()), out)
+    for forward, reverse in zip(*results):
+        assert torch.allclose(forward, reverse, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), nn.Flatten(), nn.Linear(32, 2)),
+    lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(32, 2)).eval(),
+    lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Flatten(), nn.Linear(16, 2)),
+    lambda: nn.Sequential(Recurrent(8, 5, batch_first=True), nn.Linear(5, 2))])
+@pytest.mark.filterwarnings("ignore")
+def test_alpha_inf_of_modules_without_a_forward_mode_formula(make):
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(3, 4, 8, dtype=torch.float64)
+    f = with_delta(model)
+    J = []  # one autograd call an example and output
+    for output in model(x).flatten():
+        gradients = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+        J.append(torch.cat([g.flatten() for g in gradients]))
+    J = torch.stack(J)
+    out = f(x)
+    assert torch.allclose(out.flatten(), J @ torch.cat([d.flatten() for d in f.delta]), rtol=1e-9, atol=1e-11)
+    slope = torch.randn(out.shape, dtype=out.dtype)
+    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(out, list(f.delta), slope)])
+    assert torch.allclose(gradients, J.T @ slope.flatten(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("alpha", [1, math.inf])
+def test_runs_on_the_meta_device(alpha):
+    f = common.center(common.resnet18(10).to("meta"), alpha)
+    optimizer = common.scaled_sgd(f, .1, .9)
+    assert not optimizer.param_groups[0]["fused"]
+    f(torch.zeros(4, 3, 32, 32, device="meta")).sum().backward()
+    optimizer.step()

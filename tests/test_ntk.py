@@ -1,12 +1,16 @@
 """The NTK and the linearity measures, in float64 against per-example, per-output autograd Jacobians."""
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import common
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def jacobian(model, x):
@@ -14,91 +18,407 @@ def jacobian(model, x):
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for i in range(len(x)):
-        f = model(x[i:i + 1]).flatten()
-        rows.append(torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(
-            f[c], parameters, retain_graph=True, materialize_grads=True)]) for c in range(len(f))]))
-    return torch.stack(rows)
+        f = model(x[i:i + 1].clone()).flatten()
+        for output in f:
+            gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows).view(len(x), len(f), -1)
 
 
-class Reuse(nn.Module):
-    """A layer used twice, a bare parameter, a weight also used by hand, a hidden layer whose bias alone trains."""
+def kernel_by_hand(model, x, y=None):
+    J = jacobian(model, x)
+    return torch.einsum("icp,jep->icje", J, J if y is None else jacobian(model, y))
 
-    def __init__(self):
+
+def close(K, expected, tolerance=1e-9):
+    return K.shape == expected.shape and (K - expected).norm() <= tolerance * expected.norm()
+
+
+# --- the networks: each right, or refused ---
+
+
+class Net(nn.Module):
+    """A network in a line: its parts by name, and forward as a function of itself and x."""
+
+    def __init__(self, forward, **parts):
         super().__init__()
-        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 8)
-        self.scale = nn.Parameter(torch.randn(8))
-        self.d.weight.requires_grad_(False)
+        self.how = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def forward(self, x):
-        h = torch.tanh(self.d(torch.tanh(self.a(x))))
-        h = torch.tanh(self.b(torch.tanh(self.b(h)))) * self.scale
-        return self.c(h) + F.linear(h, self.c.weight) ** 2
+        return self.how(self, x)
 
 
-class Transformer(nn.Module):
-    def __init__(self, batch_first):
-        super().__init__()
-        self.embed, self.out, self.batch_first = nn.Embedding(11, 8), nn.Linear(8, 2), batch_first
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, dropout=0.0)
+class Scaled(nn.Linear):
+    """A layer whose forward is overridden."""
 
     def forward(self, x):
-        h = self.embed(x)
-        if self.batch_first:
-            return self.out(self.block(h).mean(1))
-        return self.out(self.block(h.transpose(0, 1)).mean(0))  # rows are positions, not examples
+        return 2 * super().forward(x) + self.weight.sum()
 
 
-def convnet():
-    return nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1, groups=2),
-                         nn.ReLU(inplace=True), nn.Conv2d(8, 6, 3, padding=2, dilation=2, bias=False), nn.ReLU(),
-                         nn.Conv2d(6, 6, (3, 1), (2, 1), padding="valid"), nn.GroupNorm(2, 6),
-                         nn.Conv2d(6, 5, (3, 2), padding=(1, 0), bias=False), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                         nn.Linear(20, 3))
+class Square(torch.autograd.Function):
+    """No forward mode, no vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
 
 
-def eval_batch_norm():
-    torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.resnet18(num_classes=2).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
-            nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+def lin(i=5, o=7, **k):
+    return nn.Linear(i, o, **k)
+
+
+def seq(*layers):
+    return nn.Sequential(*layers)
+
+
+def tied():
+    model = seq(lin(5, 5), nn.Tanh(), lin(5, 5), nn.Tanh(), lin(5, 2))
+    model[2].weight = model[0].weight
     return model
 
 
-CASES = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)), (6, 5)),
-    "one output, one example": (lambda: common.mlp([3, 4, 1]), (1, 3)),
-    "sequence input": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2)), (4, 3, 4)),
-    "ours": (lambda: common.resnet18(3, width=4), (4, 3, 32, 32)),
-    "torchvision's resnet18": (eval_batch_norm, (3, 3, 40, 40)),
-    "groups, dilation, stride": (convnet, (4, 4, 12, 12)),
-    "reuse": (Reuse, (5, 6)),
-    "transformer": (lambda: Transformer(True), (4, 5)),
-    "transformer, sequence first": (lambda: Transformer(False), (4, 2)),  # two positions: looks like a batch of two
-    "weight norm": (lambda: nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(),
-                                          nn.Linear(5, 2)), (3, 4)),
+def frozen(model, *names):
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def busy(model):
+    """Statistics and scales of norms away from 0 and 1."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None:
+            m.running_mean.normal_(), m.running_var.uniform_(.5, 2)
+    return model.eval()
+
+
+def hooked():
+    model = seq(lin(), nn.ReLU(inplace=True), lin(7, 3))
+    model[0].register_forward_hook(lambda m, args, out: out * 2)
+    return model
+
+
+def conv_net(*layers, channels=4):
+    return seq(*layers, nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), lin(4 * channels, 2))
+
+
+def torchvision_model(name, **options):
+    return busy(getattr(pytest.importorskip("torchvision").models, name)(num_classes=2, **options))
+
+
+def layer(kind, **options):
+    """A transformer layer without dropout."""
+    return kind(8, 2, 16, dropout=0.0, **options)
+
+
+def twice(f, x):
+    h = torch.tanh(f.a(x))
+    return f.c(torch.tanh(f.b(torch.tanh(f.b(h)))) * f.scale)
+
+
+def counting(f, x):
+    f.calls += 1
+    return f.a(x) * 1.0
+
+
+def change_input(f, x):
+    return f.a(x.mul_(2))
+
+
+def by_hand(f, x):
+    h = torch.tanh(f.a(x))
+    return f.c(h) + F.linear(h, f.c.weight)**2
+
+
+def permuted(f, x):
+    order = torch.arange(len(x) - 1, -1, -1)
+    return f.b(torch.tanh(f.a(x[order])))[order]
+
+
+def bounced(f, x):
+    """Only the hidden layer sees the examples in another order."""
+    return f.b(torch.tanh(f.a(x.flip(0)).flip(0)))
+
+
+def one_position(f, x):
+    return f.b(torch.tanh(f.a(x.transpose(0, 1)))[0])  # (positions, N, d): rows of `a` are positions
+
+
+def first_of(i):
+    return lambda f, x: f.out(f.rnn(f.embed(x))[i])
+
+
+VECTOR, SEQUENCE, IMAGE, TOKENS = (4, 5), (3, 4, 8), (3, 4, 9, 9), (4, 6)
+RIGHT = {
+    # plain
+    "linear": (lambda: lin(), VECTOR),
+    "no bias": (lambda: seq(lin(bias=False), nn.ReLU(), lin(7, 3, bias=False)), VECTOR),
+    "mlp, in place": (lambda: seq(lin(), nn.ReLU(inplace=True), lin(7, 9), nn.Tanh(), lin(9, 3)), VECTOR),
+    "one example": (lambda: common.mlp([5, 4, 1]), (1, 5)),
+    "wide and narrow": (lambda: seq(lin(5, 300), nn.GELU(), lin(300, 2), nn.ELU(), lin(2, 1)), VECTOR),
+    "flat output": (lambda: Net(lambda f, x: f.a(x).sum(1), a=lin()), VECTOR),
+    "output (N, 2, 3)": (lambda: Net(lambda f, x: f.a(x).view(-1, 2, 3), a=lin(5, 6)), VECTOR),
+    "frozen weight": (lambda: frozen(seq(lin(), nn.Tanh(), lin(7, 2)), "0.weight"), VECTOR),
+    "frozen bias": (lambda: frozen(seq(lin(), nn.Tanh(), lin(7, 2)), "0.bias", "2.weight"), VECTOR),
+    "frozen layer": (lambda: frozen(seq(lin(), nn.Tanh(), lin(7, 2)), "0.weight", "0.bias"), VECTOR),
+    "layer without use": (lambda: Net(lambda f, x: f.a(x), a=lin(), b=lin()), VECTOR),
+    "sequence input": (lambda: seq(lin(8, 6), nn.ReLU(), nn.Flatten(), lin(24, 2)), SEQUENCE),
+    "softmax gate": (lambda: Net(lambda f, x: f.a(x).softmax(1) * f.b(x), a=lin(5, 3), b=lin(5, 3)), VECTOR),
+    "bilinear": (lambda: Net(lambda f, x: f.a(x, x), a=nn.Bilinear(5, 5, 2)), VECTOR),
+    "bare parameters": (lambda: Net(lambda f, x: x.sin() @ f.w + f.b, w=nn.Parameter(torch.randn(5, 3)),
+                                    b=nn.Parameter(torch.randn(3))), VECTOR),
+    "a hook that doubles": (hooked, VECTOR),
+    # convolutions
+    "conv": (lambda: conv_net(nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 2)), IMAGE),
+    "conv, wide": (lambda: conv_net(nn.Conv2d(4, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 2)), IMAGE),
+    "conv, rectangular": (lambda: conv_net(nn.Conv2d(4, 4, (3, 1), (2, 1), (1, 0), bias=False)), IMAGE),
+    "conv, dilated": (lambda: conv_net(nn.Conv2d(4, 4, 3, padding=2, dilation=2)), IMAGE),
+    "conv, dilated unevenly": (lambda: conv_net(nn.Conv2d(4, 4, (2, 3), (2, 1), dilation=(3, 2))), IMAGE),
+    "conv, groups": (lambda: conv_net(nn.Conv2d(4, 4, 3, groups=2)), IMAGE),
+    "conv, depthwise": (lambda: conv_net(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1)), IMAGE),
+    "conv, same": (lambda: conv_net(nn.Conv2d(4, 4, 4, padding="same")), IMAGE),
+    "conv, valid": (lambda: conv_net(nn.Conv2d(4, 4, 3, padding="valid")), IMAGE),
+    "conv, reflect": (lambda: conv_net(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), IMAGE),
+    "conv, circular": (lambda: conv_net(nn.Conv2d(4, 4, 3, padding=2, padding_mode="circular")), IMAGE),
+    "conv transposed": (lambda: conv_net(nn.ConvTranspose2d(4, 4, 3, 2)), IMAGE),
+    "conv 1d": (lambda: seq(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Flatten(), lin(36, 2)), SEQUENCE),
+    "conv 3d": (lambda: seq(nn.Conv3d(1, 2, 2), nn.ReLU(), nn.Flatten(), lin(2 * 27, 2)), (3, 1, 4, 4, 4)),
+    "conv, channels last": (lambda: conv_net(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last), IMAGE),
+    "conv, max pool": (lambda: conv_net(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)), IMAGE),
+    "ours": (lambda: common.resnet18(3, width=4), (3, 3, 32, 32)),
+    "torchvision's squeezenet": (lambda: torchvision_model("squeezenet1_1", dropout=0.), (2, 3, 40, 40)),
+    "torchvision's shufflenet": (lambda: torchvision_model("shufflenet_v2_x0_5"), (2, 3, 40, 40)),
+    # norms
+    "batch norm": (lambda: busy(seq(lin(), nn.BatchNorm1d(7), nn.ReLU(), lin(7, 2))), VECTOR),
+    "batch norm 2d": (lambda: busy(conv_net(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))), IMAGE),
+    "layer norm": (lambda: seq(lin(), nn.LayerNorm(7), lin(7, 2)), VECTOR),
+    "group norm": (lambda: conv_net(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)), IMAGE),
+    "instance norm": (lambda: conv_net(nn.InstanceNorm2d(4, affine=True)), IMAGE),
+    "rms norm": (lambda: seq(lin(), nn.RMSNorm(7), lin(7, 2)), VECTOR),
+    # activations with parameters, parametrisations, tying
+    "prelu": (lambda: seq(lin(), nn.PReLU(), lin(7, 3)), VECTOR),
+    "prelu of channels": (lambda: conv_net(nn.Conv2d(4, 4, 3), nn.PReLU(4)), IMAGE),
+    "prelu, as many as outputs": (lambda: seq(lin(5, 4), nn.PReLU(4)), VECTOR),
+    "weight norm": (lambda: seq(parametrizations.weight_norm(lin()), nn.ReLU(), lin(7, 2)), VECTOR),
+    "weight norm, old": (lambda: seq(nn.utils.weight_norm(lin()), nn.ReLU(), lin(7, 2)), VECTOR),
+    "spectral norm": (lambda: seq(parametrizations.spectral_norm(lin()), lin(7, 2)).eval(), VECTOR),
+    "orthogonal": (lambda: seq(parametrizations.orthogonal(lin(5, 5)), lin(5, 2)), VECTOR),
+    "tied weights": (tied, VECTOR),
+    "layer used twice": (lambda: Net(twice, a=lin(5, 8), b=lin(8, 8), c=lin(8, 3),
+                                     scale=nn.Parameter(torch.randn(8))), VECTOR),
+    "weight used by hand": (lambda: Net(by_hand, a=lin(5, 8), c=lin(8, 3)), VECTOR),
+    "autoencoder, tied": (lambda: Net(lambda f, x: F.linear(torch.tanh(f.a(x)), f.a.weight.T), a=lin(5, 3)), VECTOR),
+    "forward overridden": (lambda: seq(Scaled(5, 7), nn.Tanh(), lin(7, 2)), VECTOR),
+    "autograd function": (lambda: Net(lambda f, x: f.b(Square.apply(f.a(x))), a=lin(), b=lin(7, 2)), VECTOR),
+    # embeddings, attention, recurrence
+    "embedding": (lambda: seq(nn.Embedding(11, 4), nn.Flatten(), lin(24, 2)), TOKENS),
+    "embedding bag": (lambda: seq(nn.EmbeddingBag(11, 4), lin(4, 2)), TOKENS),
+    "embedding, tied to the output": (lambda: Net(lambda f, x: f.e(x).mean(1) @ f.e.weight.T, e=nn.Embedding(11, 4)), TOKENS),
+    "attention": (lambda: Net(lambda f, x: f.out(f.a(x, x, x)[0].mean(1)), out=lin(8, 2),
+                              a=nn.MultiheadAttention(8, 2, batch_first=True)), SEQUENCE),
+    "transformer": (lambda: Net(first_of(slice(None)), embed=nn.Embedding(11, 8), out=seq(nn.Flatten(), lin(48, 2)),
+                                rnn=layer(nn.TransformerEncoderLayer, batch_first=True)), TOKENS),
+    "transformer in eval mode": (lambda: seq(layer(nn.TransformerEncoderLayer, batch_first=True), nn.Flatten(),
+                                             lin(32, 2)).eval(), SEQUENCE),
+    "transformer, sequence first": (lambda: Net(lambda f, x: f.out(f.block(f.embed(x).transpose(0, 1)).mean(0)),
+                                                embed=nn.Embedding(11, 8), out=lin(8, 2),
+                                                block=layer(nn.TransformerEncoderLayer)), (4, 4)),
+    "lstm": (lambda: Net(lambda f, x: f.out(f.rnn(x)[0][:, -1]), rnn=nn.LSTM(8, 5, batch_first=True), out=lin(5, 2)), SEQUENCE),
+    "gru, both directions": (lambda: Net(lambda f, x: f.out(f.rnn(x)[0].mean(1)), out=lin(10, 2),
+                                         rnn=nn.GRU(8, 5, batch_first=True, bidirectional=True)), SEQUENCE),
+    "rnn, sequence first": (lambda: Net(lambda f, x: f.out(f.rnn(x.transpose(0, 1))[0][-1]), rnn=nn.RNN(8, 5), out=lin(5, 2)), (4, 4, 8)),
+    "lstm cell": (lambda: Net(lambda f, x: f.out(f.cell(x)[0]), cell=nn.LSTMCell(5, 6), out=lin(6, 2)), VECTOR),
+    # rows that are no examples, inputs and buffers that change
+    "one position of a sequence": (lambda: Net(one_position, a=lin(8, 6), b=lin(6, 2)), (4, 4, 8)),
+    "one position of two": (lambda: Net(one_position, a=lin(8, 6), b=lin(6, 2)), (4, 2, 8)),
+    "rows permuted and back": (lambda: Net(permuted, a=lin(5, 6), b=lin(6, 2)), VECTOR),
+    "one layer's rows permuted": (lambda: Net(bounced, a=lin(5, 6), b=lin(6, 2)), VECTOR),
+    "input changed in place": (lambda: Net(change_input, a=lin()), VECTOR),
+    "input changed by a layer": (lambda: seq(nn.ReLU(inplace=True), lin(), nn.ReLU(inplace=True), lin(7, 2)), VECTOR),
+    "fold and unfold": (lambda: Net(lambda f, x: f.a(x.reshape(-1, 4)).reshape(len(x), -1), a=lin(4, 3)), SEQUENCE),
+    "constant part": (lambda: Net(lambda f, x: f.a(x) - f.a(x).mean(0).detach(), a=lin(5, 2)), VECTOR),
+    "routed by its input": (lambda: Net(lambda f, x: torch.where(x[:, :1] > 0, f.a(x), f.b(x)), a=lin(), b=lin()), VECTOR),
+}
+MIXED = "chance or on the other examples"
+REFUSED = {
+    "batch mean": (lambda: Net(lambda f, x: f.b(torch.tanh(f.a(x)) - torch.tanh(f.a(x)).mean(0)), a=lin(), b=lin(7, 2)), VECTOR, MIXED),
+    "batch softmax": (lambda: Net(lambda f, x: f.a(x).softmax(0), a=lin()), VECTOR, MIXED),
+    "batch norm by hand": (lambda: Net(lambda f, x: F.batch_norm(f.a(x), None, None, training=True), a=lin()), VECTOR, ""),
+    "neighbours": (lambda: Net(lambda f, x: f.a(x) + f.a(x).roll(1, 0), a=lin()), VECTOR, MIXED),
+    "order of outputs": (lambda: Net(lambda f, x: f.a(x).flip(0), a=lin()), VECTOR, MIXED),
+    "attention over the batch": (lambda: Net(lambda f, x: f.a(x, x, x)[0], a=nn.MultiheadAttention(5, 1)), VECTOR, MIXED),
+    "dropout by hand": (lambda: Net(lambda f, x: f.b(F.dropout(f.a(x))), a=lin(), b=lin(7, 2)), VECTOR, MIXED),
+    "noise": (lambda: Net(lambda f, x: f.a(x + torch.randn_like(x)), a=lin()), VECTOR, MIXED),
+    "counts its calls": (lambda: Net(lambda f, x: f.a(x) * next(f.calls), a=lin(), calls=iter(range(1, 999))), VECTOR, MIXED),
+    "batch norm": (lambda: seq(lin(), nn.BatchNorm1d(7), lin(7, 2)), VECTOR, "eval"),
+    "dropout": (lambda: seq(lin(), nn.Dropout(.1), lin(7, 2)), VECTOR, "eval"),
+    "stochastic depth": (lambda: seq(lin(), pytest.importorskip("torchvision").ops.StochasticDepth(.1, "row")), VECTOR, "eval"),
+    "transformer with dropout": (lambda: nn.TransformerEncoderLayer(8, 2, 16), SEQUENCE, "eval"),
+    "tuple": (lambda: Net(lambda f, x: (f.a(x), x), a=lin()), VECTOR, "one tensor"),
+    "dict": (lambda: Net(lambda f, x: {"f": f.a(x)}, a=lin()), VECTOR, "one tensor"),
+    "one number": (lambda: Net(lambda f, x: f.a(x).sum(), a=lin()), VECTOR, "row for each"),
+    "rows flattened": (lambda: seq(lin(), nn.Flatten(0)), VECTOR, "row for each"),
+    "positions first": (lambda: nn.RNN(8, 5), SEQUENCE, "one tensor"),
+    "class indices": (lambda: Net(lambda f, x: f.a(x).argmax(1), a=lin()), VECTOR, "derivative"),
+    "detached": (lambda: Net(lambda f, x: f.a(x).detach(), a=lin()), VECTOR, "derivative"),
+    "bfloat16": (lambda: Net(lambda f, x: f.a(x.bfloat16()), a=lin().bfloat16()), VECTOR, "derivative"),
+    "no parameters": (lambda: nn.ReLU(), VECTOR, "requires gradients"),
+    "all frozen": (lambda: lin().requires_grad_(False), VECTOR, "requires gradients"),
+    "another shape of input": (lambda: lin(), (4, 6), "shapes"),
+    "four at a time": (lambda: Net(lambda f, x: f.a(x.view(4, 5)), a=lin()), VECTOR, ""),
+    "an error of its own": (lambda: Net(lambda f, x: f.missing(x), a=lin()), VECTOR, "missing"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("case", CASES)
-def test_equals_naive_jacobian(case):
-    torch.manual_seed(0)
-    make, shape = CASES[case]
-    model = make().double()
-    x = torch.randint(11, shape) if "transformer" in case else torch.randn(shape, dtype=torch.float64)
-    J = jacobian(model, x)
-    expected = torch.einsum("icp,jep->icje", J, J)
-    close = lambda a, b: (a - b).norm() <= 1e-10 * b.norm()
+def example(name, make, shape, seed=0):
+    torch.manual_seed(seed)
+    model = make()
+    if name != "bfloat16":
+        model = model.double()
+    tokens = "embedding" in name or name in ("transformer", "transformer, sequence first")
+    x = torch.randint(11, shape) if tokens else torch.randn(shape, dtype=torch.float64)
+    return model, x
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(name):
+    model, x = example(name, *RIGHT[name])
+    before = copy.deepcopy(x)
+    expected = kernel_by_hand(model, x)
     K = common.empirical_ntk(model, x)
-    assert K.shape == expected.shape and close(K, expected)
-    flat = K.reshape(J.shape[0] * J.shape[1], -1)
-    assert close(flat, flat.T) and torch.linalg.eigvalsh((flat + flat.T) / 2).min() > -1e-10 * flat.norm()
+    assert close(K, expected) and torch.equal(x, before)
+    assert torch.equal(K, K.permute(2, 3, 0, 1))
     assert close(common.empirical_ntk(model, x, memory=1), expected)
-    assert close(common.empirical_ntk(model, x, trace=True), torch.einsum("icjc->ij", expected))
     if len(x) > 2:
         assert close(common.empirical_ntk(model, x[:2], x[1:], memory=1), expected[:2, :, 1:])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name):
+    make, shape, reason = REFUSED[name]
+    model, x = example(name, make, shape)
+    for options in ({}, {"memory": 1}, {"y": x[:2]}):
+        with pytest.raises(ValueError, match=reason) as error:
+            common.empirical_ntk(model, x, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_the_table_is_long_enough():
+    assert len(RIGHT) + len(REFUSED) >= 60
+
+
+# --- the check ---
+
+
+def float32_and_64(model, x):
+    for dtype in (torch.float32, torch.float64):
+        yield model.to(dtype), x.to(dtype) if x.is_floating_point() else x
+
+
+def disturbed(K, block, kind, seed):
+    """K with an error of 1 % of |K|_F in the block of one pair of examples."""
+    generator = torch.Generator().manual_seed(seed)
+    i, j = block
+    a, b = (torch.randn(K.shape[1], generator=generator, dtype=K.dtype) for _ in range(2))
+    if kind == "entry":
+        error = torch.zeros(K.shape[1], K.shape[1], dtype=K.dtype)
+        error[seed % len(a), seed // 7 % len(a)] = 1
+    elif kind == "rank one":
+        error = torch.outer(a, a if i == j else b)
+    else:
+        error = torch.randn(K.shape[1], K.shape[1], generator=generator, dtype=K.dtype)
+    wrong = K.clone()
+    wrong[i, :, j] += .01 * K.norm() * error / error.norm()
+    return wrong
+
+
+def caught(model, x, trials):
+    """How many of `trials` disturbed kernels the check finds, in each dtype; and that it takes the right one."""
+    counts = []
+    for model, x in float32_and_64(model, x):
+        J = common.Jacobian(model, x, 2**30, True)
+        K = J.product(J)
+        assert J.confirms(K, J)
+        for kind in ("entry", "rank one", "any"):
+            pairs = torch.randint(len(x), (trials, 2), generator=torch.Generator().manual_seed(1)).tolist()
+            pairs[::3] = [(i, i) for i, _ in pairs[::3]]
+            counts.append(sum(not J.confirms(disturbed(K, pair, kind, seed), J) for seed, pair in enumerate(pairs)))
+    return counts
+
+
+@pytest.mark.parametrize("make, shape", [(lambda: common.mlp([5, 20, 3]), (10, 5)), (lambda: common.mlp([5, 20, 1]), (30, 5)),
+                                         RIGHT["transformer"], RIGHT["prelu"]])
+def test_an_error_of_one_percent_in_one_block_is_caught(make, shape):
+    model, x = example("embedding" if len(shape) == 2 and shape[1] == 6 else "", make, shape)
+    assert caught(model, x, 100) == [100] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N, C", [(25, 10), (100, 1), (100, 10)])
+def test_an_error_of_one_percent_in_one_block_of_a_resnet_is_caught(N, C, monkeypatch):
+    """The gradients are computed once a dtype: they are the same for all of them, as u and v are."""
+    pull_back, kept = common.Jacobian.pull_back, {}
+    monkeypatch.setattr(common.Jacobian, "pull_back", lambda J, u: kept.setdefault(id(J), pull_back(J, u)))
+    torch.manual_seed(0)
+    assert caught(common.resnet18(C, width=32), torch.randn(N, 3, 32, 32), 100) == [100] * 6
+
+
+def right_kernels(seeds, names):
+    refused = []
+    for seed in seeds:
+        for name in names:
+            model, x = example(name, *RIGHT[name], seed=seed)
+            for model, x in float32_and_64(model, x):
+                J = common.Jacobian(model, x, 2**30, name not in PLAIN)
+                if not J.confirms(J.product(J), J):
+                    refused.append((name, seed, x.dtype))
+    return refused
+
+
+PLAIN = ["autoencoder, tied", "one layer's rows permuted", "one position of two", "rows permuted and back",
+         "tied weights", "weight norm, old", "weight used by hand"]  # where only the second attempt is right
+
+
+def test_right_kernels_are_not_refused():
+    assert right_kernels(range(1), RIGHT) == []
+
+
+@pytest.mark.slow
+def test_a_thousand_right_kernels_are_not_refused():
+    assert right_kernels(range(1, 15), [name for name in RIGHT if "torchvision" not in name]) == []
+
+
+@pytest.mark.slow
+def test_a_thousand_batches_of_a_resnet_are_not_refused():
+    refused = 0
+    for seed in range(1000):
+        torch.manual_seed(seed)
+        model, x = common.resnet18(2, width=8), torch.randn(4, 3, 32, 32)
+        J = common.Jacobian(model, x, 2**30, True)
+        refused += not J.confirms(J.product(J), J)
+    assert refused == 0
+
+
+def test_a_diverged_network_has_no_finite_kernel():
+    model, x = common.mlp([5, 4, 2]), torch.randn(3, 5)
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    assert common.empirical_ntk(model, x).isnan().any()
+
+
+# --- by hand, and what stays as it was ---
+
+
+def test_worked_example_by_hand():
+    """f(x) = w x + b: d f / d(w, b) = (x, 1), so K(2, 3) = 2 * 3 + 1 = 7, whatever w and b are."""
+    K = common.empirical_ntk(nn.Linear(1, 1), torch.tensor([[2.0], [3.0]]))
+    assert torch.equal(K.view(2, 2), torch.tensor([[5.0, 7.0], [7.0, 10.0]]))
 
 
 def test_both_contractions_agree():
@@ -107,52 +427,86 @@ def test_both_contractions_agree():
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 64, 4, 4), nn.ReLU(), nn.Flatten(),
                           nn.Linear(256, 3)).double()
     x = torch.randn(5, 2, 8, 8, dtype=torch.float64)
-    J = jacobian(model, x)
-    assert torch.allclose(common.empirical_ntk(model, x), torch.einsum("icp,jep->icje", J, J), rtol=1e-10)
+    assert close(common.empirical_ntk(model, x), kernel_by_hand(model, x))
 
 
-def test_worked_example_by_hand():
-    """f(x) = w x + b: d f / d(w, b) = (x, 1), so K(2, 3) = 2 * 3 + 1 = 7, whatever w and b are."""
-    net = nn.Linear(1, 1)
-    K = common.empirical_ntk(net, torch.tensor([[2.0], [3.0]]), trace=True)
-    assert torch.equal(K, torch.tensor([[5.0, 7.0], [7.0, 10.0]]))
+@pytest.mark.parametrize("sizes", [(5, 5), (5, 3)])
+@pytest.mark.parametrize("T, O, d", [(1, 3, 4), (9, 3, 4), (2, 40, 50)])
+def test_contraction_is_the_sum_it_says(sizes, T, O, d):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
+    n, m = sizes
+    A, G, B, H = draw(n, T, d), draw(n, 2, T, O), draw(m, T, d), draw(m, 2, T, O)
+    if n == m:
+        B, H = A, G
+    expected = torch.einsum("itd,jsd,icto,jeso->icje", A, B, G, H)
+    assert close(common.Jacobian.contract(A, G, B, H, False), expected)
+    if n == m:
+        half = common.Jacobian.contract(A, G, A, G, True)
+        above = torch.ones(n, n).triu()[:, None, :, None]
+        assert close(half * above, expected * above)
+
+
+def test_images_as_they_are_stored():
+    """uint8 images, standardised by the first layer."""
+    torch.manual_seed(0)
+    model = Net(lambda f, x: f.a(x.double().flatten(1) / 255), a=common.mlp([12, 6, 2])).double()
+    x = torch.randint(256, (5, 3, 2, 2), dtype=torch.uint8)
+    assert close(common.empirical_ntk(model, x), kernel_by_hand(model, x))
 
 
 def test_leaves_the_model_as_it_was():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(inplace=True), nn.Linear(7, 3)).eval()
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7).eval(), nn.ReLU(inplace=True), nn.Linear(7, 3))
+    model[0].register_buffer("calls", torch.zeros(()))
     seen = []
-    model[0].register_forward_hook(lambda m, args, out: seen.append(1) or out * 2)  # a user's hook, honoured and kept
+
+    def users_hook(m, args, out):  # honoured and kept
+        m.calls += 1
+        seen.append(1)
+        return out * 2
+
+    model[0].register_forward_hook(users_hook)
     model[0].weight.grad = torch.ones(7, 5)
-    before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(4, 5)
-    torch.set_rng_state(before)
-    with torch.no_grad():
-        K = common.empirical_ntk(model, x)
-    J = jacobian(model, x)
-    assert torch.allclose(K, torch.einsum("icp,jep->icje", J, J), rtol=1e-4)
-    assert torch.equal(torch.get_rng_state(), before) and not model.training
+    expected = kernel_by_hand(model, x)
+    random, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert close(common.empirical_ntk(model, x), expected, 1e-5)
+    assert torch.equal(torch.get_rng_state(), random) and model.training and not model[1].training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert torch.equal(model[0].weight.grad, torch.ones(7, 5)) and model[3].weight.grad is None
     assert [len(m._forward_hooks) for m in model] == [1, 0, 0, 0]
+    noisy = Net(lambda f, x: f.a(x) + torch.rand(3), a=nn.Linear(5, 3))  # draws, and its kernel is none the worse
+    assert close(common.empirical_ntk(noisy, x), kernel_by_hand(noisy, x), 1e-5)
+    random = torch.get_rng_state()
+    common.empirical_ntk(noisy, x)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_frozen_parameters_do_not_count():
-    torch.manual_seed(0)
-    model = common.mlp([4, 6, 2]).double()
-    model[0].weight.requires_grad_(False)
-    x = torch.randn(3, 4, dtype=torch.float64)
-    J = jacobian(model, x)
-    assert torch.allclose(common.empirical_ntk(model, x), torch.einsum("icp,jep->icje", J, J))
-    with pytest.raises(ValueError, match="requires gradients"):
-        common.empirical_ntk(model.requires_grad_(False), x)
+def test_tf32_is_off_inside_and_as_before_outside():
+    inside = []
+    model = Net(lambda f, x: inside.append(torch.backends.cuda.matmul.fp32_precision) or f.a(x), a=nn.Linear(5, 3))
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("medium")
+        common.empirical_ntk(model, torch.randn(4, 5))
+        assert set(inside) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert torch.backends.cudnn.allow_tf32 == before[1]
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="no example"):
-        common.empirical_ntk(common.mlp([4, 2]), torch.zeros(0, 4))
-    with pytest.raises(ValueError, match="one row an example"):
-        common.empirical_ntk(nn.Sequential(nn.Linear(4, 2), nn.Flatten(0)), torch.zeros(3, 4))
+def test_no_example():
+    for x, y in ((torch.zeros(0, 5), None), (torch.zeros(2, 5), torch.zeros(0, 5))):
+        with pytest.raises(ValueError, match="no example"):
+            common.empirical_ntk(nn.Linear(5, 2), x, y)
+
+
+# --- alignment and the other measures ---
 
 
 def kernel(seed, n=8):
@@ -243,10 +597,47 @@ def test_linearisation_error():
         with torch.no_grad():
             for p, s in zip(f.model.parameters(), step):
                 p.add_(s)
-        J = jacobian(start, x)
-        linear = alpha * J @ torch.cat([s.flatten() for s in step])
+        linear = alpha * jacobian(start, x) @ torch.cat([s.flatten() for s in step])
         expected = ((f(x) - linear).norm() / f(x).norm()).item()
         assert common.linearisation_error(f, x) == pytest.approx(expected, rel=1e-8)
         errors.append(expected)
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
     assert common.linearisation_error(common.center(start, math.inf), x) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-300, 1e200])
+@pytest.mark.parametrize("centered", [False, True])
+def test_kernel_alignment_has_no_scale(scale, centered):
+    K, L = kernel(0), kernel(1)
+    assert common.kernel_alignment(scale * K, scale * K, centered) == pytest.approx(1)
+    assert common.kernel_alignment(scale * K, K, centered) == pytest.approx(1)
+    assert common.kernel_alignment(scale * K, L / scale, centered) == pytest.approx(common.kernel_alignment(K, L, centered))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float32])
+@pytest.mark.parametrize("centered", [False, True])
+def test_target_alignment_of_integer_targets(dtype, centered):
+    y, K = torch.tensor([0, 1, 2, 0]), kernel(0, 12).view(4, 3, 4, 3)
+    one_hot, signs = F.one_hot(y, 3), torch.tensor([1, -1, -1, 1])
+    for k, targets in ((K, one_hot), (kernel(0, 4), one_hot), (kernel(0, 4), signs), (kernel(0, 4).view(4, 1, 4, 1), signs),
+                       (kernel(0, 4).view(4, 1, 4, 1), signs[:, None])):
+        expected = common.target_alignment(k, targets.double(), centered)
+        assert common.target_alignment(k, targets.to(dtype), centered) == pytest.approx(expected)
+    assert common.target_alignment(K, y, centered) == pytest.approx(common.target_alignment(K, one_hot, centered))
+
+
+@pytest.mark.parametrize("y", [torch.tensor([0, 1, 3, 0]), torch.tensor([0, 1, 2]), torch.randn(4), torch.randn(4, 2)])
+def test_target_alignment_of_labels_that_do_not_fit(y):
+    with pytest.raises(ValueError):
+        common.target_alignment(kernel(0, 12).view(4, 3, 4, 3), y)
+
+
+def test_linearisation_error_without_a_forward_mode_formula():
+    model, x = example("weight norm", *RIGHT["weight norm"])
+    f = common.center(model, 2.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(.01)
+    linear = 2 * jacobian(f.model0.requires_grad_(), x).sum(2) * .01
+    expected = ((f(x) - linear).norm() / f(x).norm()).item()
+    assert common.linearisation_error(f, x) == pytest.approx(expected, rel=1e-8)

@@ -473,7 +473,7 @@ def test_a_run_of_another_script_is_refused(tiny, tmp_path):
     tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
     with pytest.raises(ValueError, match="script = noisy, not cscore"):
         cscore.main(dataset=str(tiny), out=str(tmp_path), **{**TINY, "alpha": [1], "epochs": 1})
-    with pytest.raises(ValueError, match="of noisy.py"):
+    with pytest.raises(ValueError, match="script = noisy, not cscore"):
         cscore.main(out=str(tmp_path), draw_only=True)
 
 
@@ -488,7 +488,7 @@ def test_unfinished_records_without_their_checkpoint_are_refused(tiny, tmp_path)
     assert (folder / "log.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"options": 3}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"run": 3}'])
 def test_missing_or_damaged_args_are_refused(tiny, tmp_path, text):
     tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
     (tmp_path / "alpha=1_seed=0" / "args.json").write_text(text)

@@ -103,7 +103,7 @@ def test_waterbirds_run(tmp_path, monkeypatch):
     spurious.main(dataset="waterbirds", data_dir=str(tmp_path), out=str(out), alpha=[1], epochs=1, batch_size=7,
                   probe_examples=2, device="cpu")
     args = json.loads((out / "alpha=1_seed=0" / "args.json").read_text())
-    assert args["options"]["lr"] == .001 and args["dataset"] == "waterbirds"
+    assert args["run"]["lr"] == .001 and args["dataset"] == "waterbirds"
     last = json.loads((out / "alpha=1_seed=0" / "log.jsonl").read_text().splitlines()[-1])
     assert last["iteration"] == 2 and math.isfinite(last["test_loss"]) and 0 < last["ntk_alignment"] <= 1.001
 

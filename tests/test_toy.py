@@ -17,8 +17,8 @@ import common
 import toy
 from conftest import ROOT
 
-TINY = dict(alpha=[1, 20], runs=5, chunk=2, width=8, lr=.5, iterations=300, probe_examples=8, dtype="float64",
-            device="cpu")
+TINY = dict(alpha=[1, 20], runs=5, chunk=2, width=8, lr=.5, iterations=300, probe_examples=8,
+            dtype="float64", device="cpu")
 
 
 def options(**more):
@@ -51,8 +51,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("alpha", [.5, 1.0, 100.0, math.inf])
 def test_batched_training_equals_plain_loops(alpha):
-    """Three runs at once against each alone: nn.Sequential, common.center, common.scaled_sgd. The rich ones reach the
-    last level at different times, so that the batch shrinks under those that stay."""
+    """Three runs at once against each alone: nn.Sequential, common.center, common.scaled_sgd. The rich ones
+    reach the last level at different times, so that the batch shrinks under those that stay."""
     o, levels, found, ends = options(width=12, iterations=300), [.69, .68, .65, .62, .4], {}, {}
     for batch, place, record in toy.train([0, 1, 2], alpha, o, levels, {run: [] for run in range(3)}):
         if record["level"] is None:
@@ -83,7 +83,7 @@ def test_batched_training_equals_plain_loops(alpha):
 
 @pytest.mark.parametrize("alpha", [1.0, 30.0, math.inf])
 def test_step_descends_the_gradient(alpha):
-    """Against central differences of the loss, in directions drawn at random, at a place away from theta0."""
+    """Against central differences of the loss, in directions drawn at random, away from theta0."""
     o = options(width=6)
     batch = toy.Batch([0, 3], alpha, o)
     for _ in range(5):
@@ -113,7 +113,7 @@ def test_linear_limit_is_kernel_gradient_descent():
     for run in (0, 1):
         x = toy.points(run, o)[0]
         y = toy.label(o.task, x)[0][:, None]
-        K = common.empirical_ntk(toy.network(run, o), x, trace=True).detach()
+        K = common.empirical_ntk(toy.network(run, o), x)[:, 0, :, 0].detach()
         f, losses = torch.zeros_like(y), []
         for _ in range(o.iterations + 1):
             losses.append(toy.loss_of(f, y).mean().item())
@@ -123,7 +123,7 @@ def test_linear_limit_is_kernel_gradient_descent():
 
 @pytest.mark.parametrize("alpha", [1.0, 100.0, math.inf])
 def test_step_never_reads_a_value(alpha):
-    """On the meta device, where reading a value, or a tensor left on the CPU, raises: nothing in a step waits for a GPU."""
+    """On the meta device, where reading a value or a tensor left on the CPU raises: no step waits."""
     o = options(dtype="float32")
     o.device = torch.device("meta")
     batch = toy.Batch([0, 1, 2], alpha, o)
@@ -178,7 +178,8 @@ def test_files_keys_and_summary(tmp_path, capsys):
         assert {p.name for p in (out / name).iterdir()} == {"args.json", "log.jsonl", "maps.npz"}
     log = lines(out / "alpha=1")
     crossings, ends = [r for r in log if r["level"]], [r for r in log if r["level"] is None]
-    assert [r["run"] for r in ends] == [0, 1, 2, 3, 4] and {r["ended"] for r in ends} <= {"loss", "iterations"}
+    assert [r["run"] for r in ends] == [0, 1, 2, 3, 4]
+    assert {r["ended"] for r in ends} <= {"loss", "iterations"}
     for r in crossings:
         assert set(r) == {"run", "level", "iteration", "train_loss", *toy.MEASURED}
         assert r["train_loss"] <= r["level"] and 0 < r["ntk_alignment"] <= 1 + 1e-9 and r["iteration"] > 0
@@ -192,7 +193,8 @@ def test_files_keys_and_summary(tmp_path, capsys):
     for r in lines(out / "alpha=inf"):
         assert r["level"] is None or (r["linearisation_error"], r["ntk_alignment"]) == (0, pytest.approx(1))
     assert summary == json.loads((out / "summary.json").read_text(), parse_constant=lambda c: pytest.fail(c))
-    assert set(summary["alphas"]) == {"0.5", "1", "inf"} and set(summary["paired"]) == {"0.5 - inf", "1 - inf"}
+    assert set(summary["alphas"]) == {"0.5", "1", "inf"}
+    assert set(summary["paired"]) == {"0.5 - inf", "1 - inf"}
     part = summary["alphas"]["1"]["levels"]["0.6"]
     at = [r for r in crossings if r["level"] == .6]
     assert part["reached"] == len(at) and part["of"] == 5 and part["inside_loss"]["n"] == len(at)
@@ -208,7 +210,7 @@ def test_files_keys_and_summary(tmp_path, capsys):
 
 
 def test_a_record_is_of_the_crossing_network(tmp_path):
-    """Trained again, alone and by hand: test loss in the discs and outside, and what rounding takes, in float32."""
+    """Trained again, alone and by hand: test loss in the discs and outside, and rounding in float32."""
     toy.main(**{**TINY, "alpha": [20], "dtype": "float32", "runs": 2}, out=str(tmp_path))
     o = options(dtype="float32")
     record = [r for r in lines(tmp_path / "alpha=20") if r["run"] == 1 and r["level"] == .6][0]
@@ -240,11 +242,12 @@ def synthetic(inside, outside, levels, runs=5):
         for level in levels:
             for run in range(levels[level]):
                 noise = .01 * draw.normal()
-                at[level][run] = {"inside_loss": 1 + shift * inside + noise, "outside_loss": .5 + shift * outside + noise,
-                                  "test_loss": .5, "test_acc": .8, **dict.fromkeys(toy.MEASURED[4:], .5), "iteration": 9,
-                                  "run": run}
-        found[alpha] = toy.types.SimpleNamespace(at=at, maps={run: np.zeros((3, 60, 60)) for run in range(runs)},
-                                                 ends={run: {"ended": "iterations"} for run in range(runs)})
+                at[level][run] = {**dict.fromkeys(toy.MEASURED, .5), "iteration": 9, "run": run,
+                                  "inside_loss": 1 + shift * inside + noise,
+                                  "outside_loss": .5 + shift * outside + noise}
+        maps = {run: np.zeros((3, 60, 60)) for run in range(runs)}
+        ends = {run: {"ended": "iterations"} for run in range(runs)}
+        found[alpha] = toy.types.SimpleNamespace(at=at, maps=maps, ends=ends)
     return found
 
 
@@ -260,23 +263,26 @@ def test_the_conclusion_follows_from_the_intervals():
     for inside, outside in ((-.2, -.1), (.2, .1), (0, -.1), (.2, 0)):
         assert "do not show" in verdict(inside, outside, {.5: 5})
     assert "takes three" in verdict(.2, -.1, {.5: 2})
-    assert "No run has reached" in verdict(.2, -.1, {})
+    assert "No run reached" in verdict(.2, -.1, {})
     assert "yin-yang" in verdict(.2, -.1, {.5: 5}, task="disk")
 
 
 def test_rounding_is_warned_about(tmp_path, capsys):
     for alpha, dtype, warns in ((100, "float32", False), (1e4, "float32", True), (1e4, "float64", False)):
-        toy.main(**{**TINY, "alpha": [alpha], "dtype": dtype, "runs": 2}, out=str(tmp_path / f"{alpha:g} {dtype}"))
+        out = str(tmp_path / f"{alpha:g} {dtype}")
+        toy.main(**{**TINY, "alpha": [alpha], "dtype": dtype, "runs": 2}, out=out)
         printed = capsys.readouterr().out
         assert printed.count("--dtype float64, or --alpha inf") == warns
         assert "One alpha is no comparison" in printed
 
 
 def test_divergence_ends_a_run_and_is_reported(tmp_path):
-    summary = toy.main(**{**TINY, "alpha": [1], "runs": 2, "lr": 1e30, "dtype": "float32"}, out=str(tmp_path))
+    wild = {**TINY, "alpha": [1], "runs": 2, "lr": 1e30, "dtype": "float32"}
+    summary = toy.main(**wild, out=str(tmp_path))
     assert len(summary["diverged"]) >= 1
     ends = [r for r in lines(tmp_path / "alpha=1") if r["level"] is None]
-    assert {r["run"] for r in ends} == {0, 1} and {r["ended"] for r in ends if r["train_loss"] is None} == {"diverged"}
+    assert {r["run"] for r in ends} == {0, 1}
+    assert {r["ended"] for r in ends if r["train_loss"] is None} == {"diverged"}
 
 
 def test_quick_shows_the_effect(tmp_path):
@@ -291,8 +297,8 @@ def test_quick_shows_the_effect(tmp_path):
 
 
 def same(a, b):
-    for name in ("alpha=1/log.jsonl", "alpha=20/log.jsonl", "alpha=1/maps.npz", "alpha=20/maps.npz", "toy.png",
-                 "summary.json"):
+    for name in ("alpha=1/log.jsonl", "alpha=20/log.jsonl", "alpha=1/maps.npz", "alpha=20/maps.npz",
+                 "toy.png", "summary.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
@@ -302,7 +308,9 @@ def test_chunks_do_not_matter(whole, tmp_path):
         for a, b in zip(lines(whole / name), lines(tmp_path / name), strict=True):
             assert a.keys() == b.keys()
             for key in a:
-                assert a[key] == (pytest.approx(b[key], rel=1e-9, abs=1e-12) if isinstance(a[key], float) else b[key])
+                if isinstance(b[key], float):
+                    b[key] = pytest.approx(b[key], rel=1e-9, abs=1e-12)
+                assert a[key] == b[key]
 
 
 def test_jobs_do_not_matter(whole, tmp_path):
@@ -310,7 +318,7 @@ def test_jobs_do_not_matter(whole, tmp_path):
     same(whole, tmp_path)
 
 
-@pytest.mark.parametrize("file, time", [("maps.npz", 2), ("log.jsonl", 2), ("log.jsonl", 4), ("maps.npz", 6)])
+@pytest.mark.parametrize("file, time", [("maps.npz", 2), ("log.jsonl", 2), ("log.jsonl", 6)])
 def test_interrupted_run_continues(whole, tmp_path, monkeypatch, file, time):
     """Stopped before, between and after the two files of a chunk; then the same command again."""
     write, count = common.write_atomically, [0]
@@ -331,7 +339,9 @@ def test_interrupted_run_continues(whole, tmp_path, monkeypatch, file, time):
 
 @pytest.mark.slow
 def test_killed_run_continues(tmp_path):
-    flags = [w for k, v in TINY.items() for w in ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]]
+    flags = []
+    for key, value in TINY.items():
+        flags += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     rng = np.random.default_rng(0)
 
     def run(out, kill=None):
@@ -346,7 +356,7 @@ def test_killed_run_continues(tmp_path):
     begin = time.monotonic()
     assert run(tmp_path / "whole") == 0
     whole = time.monotonic() - begin
-    for k in range(20):
+    for k in range(10):
         run(tmp_path / f"cut{k}", kill=rng.uniform(.2, 1) * whole)
         assert run(tmp_path / f"cut{k}") == 0
         same(tmp_path / "whole", tmp_path / f"cut{k}")
@@ -366,9 +376,11 @@ def test_more_runs_extend(whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(alpha=[0]), "alpha"), (dict(alpha=[math.nan]), "alpha"), (dict(runs=0), "runs"), (dict(task="moons"), "task"),
+    (dict(alpha=[0]), "alpha"), (dict(alpha=[math.nan]), "alpha"), (dict(runs=0), "runs"),
+    (dict(task="moons"), "task"), (dict(task="yinjang"), "mean yinyang"),
     (dict(extra_dims=-1), "extra-dims"), (dict(iterations=0), "iterations"), (dict(width=0), "width"),
-    (dict(chunk=0), "chunk"), (dict(lr=-1), "lr"), (dict(dtype="bfloat16"), "dtype"), (dict(momentum=.9), "momentum"),
+    (dict(chunk=0), "chunk"), (dict(lr=-1), "lr"), (dict(dtype="bfloat16"), "dtype"),
+    (dict(momentum=.9), "momentum"),
     (dict(draw_only=True), "no records"), (dict(draw_only=True, animate=True), "animate")])
 def test_bad_input_is_refused(tmp_path, bad, words):
     (tmp_path / "out").mkdir()
@@ -388,7 +400,8 @@ def small(tmp_path_factory):
 
 def test_other_options_are_refused(small, tmp_path):
     out, given = small
-    for more, words in ((dict(task="disk"), "task"), (dict(lr=.1), "lr"), (dict(iterations=50), "iterations"),
+    for more, words in ((dict(task="disk"), "task"), (dict(lr=.1), "lr"),
+                        (dict(iterations=50), "iterations"),
                         (dict(alpha=[20], task="disk"), "task")):  # no figure of both, either
         with pytest.raises(ValueError, match=words):
             toy.main(**{**given, **more}, out=str(out))
@@ -416,7 +429,7 @@ def edit_maps(change):
 def edit_args(key, value):
     def damage(folder):
         args = json.loads((folder / "args.json").read_text())
-        args["options"][key] = value
+        args["run"][key] = value
         (folder / "args.json").write_text(json.dumps(args))
     return damage
 
@@ -437,21 +450,35 @@ def flip(name):
 
 
 DAMAGE = {
-    "half maps": cut("maps.npz", .5), "empty maps": cut("maps.npz", 0), "flipped maps": flip("maps.npz"),
-    "half args": cut("args.json", .5), "no args": lambda folder: (folder / "args.json").unlink(),
+    "half maps": cut("maps.npz", .5),
+    "empty maps": cut("maps.npz", 0),
+    "flipped maps": flip("maps.npz"),
+    "half args": cut("args.json", .5),
+    "no args": lambda folder: (folder / "args.json").unlink(),
     "no maps": lambda folder: (folder / "maps.npz").unlink(),
-    "other task": edit_args("task", "moons"), "words for iterations": edit_args("iterations", "many"),
-    "list for iterations": edit_args("iterations", [60]), "no width": edit_args("width", None),
-    "a key is missing": edit_log(lambda r: r[0].pop("test_loss")), "a key too much": edit_log(lambda r: r[0].update(a=1)),
-    "a list": edit_log(lambda r: r[0].update(inside_loss=[1, 2])), "text": edit_log(lambda r: r[0].update(run="0")),
-    "NaN in words": edit_log(lambda r: r[0].update(iteration="NaN")), "no run": edit_log(lambda r: r[-1].update(run=None)),
-    "other level": edit_log(lambda r: r[0].update(level=.55)), "no iteration": edit_log(lambda r: r[0].update(iteration=None)),
-    "another run": edit_log(lambda r: r[-1].update(run=7)), "run 1.5": edit_log(lambda r: r[-1].update(run=1.5)),
-    "ended twice": edit_log(lambda r: r.append(r[-1])), "not a record": edit_log(lambda r: r.insert(0, [1, 2])),
-    "runs too short": edit_maps(lambda a: a.update(runs=a["runs"][:1])), "no runs": edit_maps(lambda a: a.pop("runs")),
+    "other task": edit_args("task", "moons"),
+    "words for iterations": edit_args("iterations", "many"),
+    "list for iterations": edit_args("iterations", [60]),
+    "no width": edit_args("width", None),
+    "a key is missing": edit_log(lambda r: r[0].pop("test_loss")),
+    "a key too much": edit_log(lambda r: r[0].update(a=1)),
+    "a list": edit_log(lambda r: r[0].update(inside_loss=[1, 2])),
+    "text": edit_log(lambda r: r[0].update(run="0")),
+    "NaN in words": edit_log(lambda r: r[0].update(iteration="NaN")),
+    "no run": edit_log(lambda r: r[-1].update(run=None)),
+    "other level": edit_log(lambda r: r[0].update(level=.55)),
+    "no iteration": edit_log(lambda r: r[0].update(iteration=None)),
+    "another run": edit_log(lambda r: r[-1].update(run=7)),
+    "run 1.5": edit_log(lambda r: r[-1].update(run=1.5)),
+    "ended twice": edit_log(lambda r: r.append(r[-1])),
+    "not a record": edit_log(lambda r: r.insert(0, [1, 2])),
+    "runs too short": edit_maps(lambda a: a.update(runs=a["runs"][:1])),
+    "no runs": edit_maps(lambda a: a.pop("runs")),
     "runs of text": edit_maps(lambda a: a.update(runs=np.array(["0", "1"]))),
-    "runs twice": edit_maps(lambda a: a.update(runs=np.array([1, 1]))), "0-d runs": edit_maps(lambda a: a.update(runs=np.array(0))),
-    "flat maps": edit_maps(lambda a: a.update(maps=a["maps"][0])), "short curves": edit_maps(lambda a: a.update(curves=a["curves"][:, :3])),
+    "runs twice": edit_maps(lambda a: a.update(runs=np.array([1, 1]))),
+    "0-d runs": edit_maps(lambda a: a.update(runs=np.array(0))),
+    "flat maps": edit_maps(lambda a: a.update(maps=a["maps"][0])),
+    "short curves": edit_maps(lambda a: a.update(curves=a["curves"][:, :3])),
     "another array": edit_maps(lambda a: a.update(more=np.zeros(2)))}
 
 
@@ -474,7 +501,7 @@ def test_a_cut_last_line_costs_its_run_alone(small, tmp_path):
     shutil.copytree(out, tmp_path / "copy")
     cut("log.jsonl", .99)(tmp_path / "copy" / "alpha=1")
     toy.main(**given, out=str(tmp_path / "copy"))
-    assert (tmp_path / "copy" / "alpha=1" / "log.jsonl").read_bytes() == (out / "alpha=1" / "log.jsonl").read_bytes()
+    assert lines(tmp_path / "copy" / "alpha=1") == lines(out / "alpha=1")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
