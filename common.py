@@ -1416,9 +1416,9 @@ def print_table(title, rows, columns):
     if not rows:
         print("  no level is reached yet")
         return
-    print(" " * 12 + "".join(f"{column:>27}" for column in columns))
+    print(" " * 12 + "".join(f"{column:>30}" for column in columns))
     for label, row in rows.items():
-        print(f"{label:>12}" + "".join(f"{cell(row.get(column)):>27}" for column in columns))
+        print(f"{label:>12}" + "".join(f"{cell(row.get(column)):>30}" for column in columns))
 
 
 def print_claim(title, summary, name):

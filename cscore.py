@@ -22,8 +22,8 @@ from torch import nn
 import common
 
 OPTIONS = {"deciles": ("reading", [1, 3, 8, 10], "at least 1, at most 10", "which deciles to draw; 1 = hardest")}
-QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=26, width=16, lr=.0005, batch_size=25, probe_examples=25,
-             stop_loss=1.25, levels=[1.7, 1.6, 1.5, 1.4, 1.3])
+QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=16, width=16, lr=.0008, batch_size=25, probe_examples=25,
+             stop_loss=1.35, levels=[1.7, 1.6, 1.5, 1.4])
 SCORES = "cifar10-cscores-orig-order.npz"
 SCORE_URLS = ["https://pluskid.github.io/structural-regularity/cscores/" + SCORES,
               "https://raw.githubusercontent.com/pluskid/structural-regularity/HEAD/docs/cscores/" + SCORES]

@@ -15,8 +15,8 @@ from torch import nn
 import common
 
 OPTIONS = {"noise": ("training", .15, "above 0, below 1", "share of the training labels that are replaced")}
-QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=26, width=16, lr=.0005, batch_size=25, probe_examples=25,
-             stop_loss=1.25, levels=[1.7, 1.6, 1.5, 1.4, 1.3])
+QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=16, width=16, lr=.0008, batch_size=25, probe_examples=25,
+             group_size=250, stop_loss=1.35, levels=[1.7, 1.6, 1.5, 1.4])
 loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands here is trained on, probed and compared
 
 
