@@ -921,7 +921,8 @@ class Run:
         with naming_out(self.folder), open(self.folder / "log.jsonl", "ab") as log:
             log.write(json_line(record))
         shown = [f"{key} {record[key]:.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
-        progress.status(self.iteration, f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}  " + "  ".join(shown), every=0)
+        where = f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}"
+        progress.status(self.iteration, "  ".join([where, *shown]), every=0)
         if ended == "diverged":
             progress.line(f"diverged at iteration {self.iteration} (its loss is not a finite number): try a smaller --lr")
 
@@ -1079,7 +1080,9 @@ class Progress:
             print(f"{self.name:<18} {text}  {left}", flush=True)
 
     def line(self, text):
-        print("\r\033[K" * self.terminal + f"{self.name}: {text}", flush=True)
+        if self.terminal:
+            print("\r\033[K", end="")
+        print(f"{self.name}: {text}", flush=True)
 
 
 # What a run is, and its files.
@@ -1336,14 +1339,14 @@ def summarise(runs, quantities, levels, on="mean_train_loss"):
     Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}, "linearity": {...}}}, "paired":
     {"1 - 100": {"levels": {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
     """
-    values, linear = {}, {}  # [alpha][seed][level][name] -> number or None
-    for alpha, seed in pairs_of(runs):
-        columns = curve(runs[alpha][seed])
-        for found, wanted in ((values, quantities(columns)), (linear, {key: columns[key] for key in LINEARITY})):
-            at = found.setdefault(alpha, {})[seed] = {}
-            for level in levels:
-                at[f"{level:.3g}"] = {name: value_at(level, columns[on], array) for name, array in wanted.items()}
-        linear[alpha][seed]["end"] = {key: runs[alpha][seed][-1].get(key) for key in LINEARITY}
+    values, linear = {}, {}  # alpha -> seed -> level -> name -> number or None
+    for alpha, seeds in runs.items():
+        values[alpha], linear[alpha] = {}, {}
+        for seed, records in seeds.items():
+            columns = curve(records)
+            values[alpha][seed] = readings(quantities(columns), levels, columns[on])
+            linear[alpha][seed] = readings({key: columns[key] for key in LINEARITY}, levels, columns[on])
+            linear[alpha][seed]["end"] = {key: records[-1].get(key) for key in LINEARITY}
     summary = {"alphas": {}, "paired": {}}
     for alpha in runs:
         summary["alphas"][f"{alpha:g}"] = {"levels": table(list(values[alpha].values())),
@@ -1356,6 +1359,14 @@ def summarise(runs, quantities, levels, on="mean_train_loss"):
 
 LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "target_alignment",
              "linearisation_error", "update_noise")
+
+
+def readings(arrays, levels, loss):
+    """{level: {name: value, or None}} of arrays {name: (n,)} where the loss (n,) passes each level."""
+    rows = {}
+    for level in levels:
+        rows[f"{level:.3g}"] = {name: value_at(level, loss, array) for name, array in arrays.items()}
+    return rows
 
 
 def table(cells, interval=False):
@@ -1385,29 +1396,37 @@ def pairs_of(runs):
 def sentence(runs, summary, name, opening, larger, smaller):
     """The conclusion: `name` at the smallest and the largest alpha, at the lowest level that every run has, and what
     their paired difference says: `larger` where its interval lies above 0, `smaller` where below."""
-    a, b = f"{min(runs):g}", f"{max(runs):g}"
+    a, b, level = f"{min(runs):g}", f"{max(runs):g}", passed_by_all(runs, summary, name)
     if a == b:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    rich, lazy, paired = (part["levels"] for part in (summary["alphas"][a], summary["alphas"][b],
-                                                      summary["paired"].get(f"{a} - {b}")))
-    everybody = [level for level in paired if name in paired[level] and all(
-        part["levels"].get(level, {}).get(name, {"n": 0})["n"] == len(seeds)
-        for part, seeds in zip(summary["alphas"].values(), runs.values()))]
-    if not everybody:
+    if level is None:
         return "No loss level was passed by every run yet: nothing is concluded."
-    level = everybody[-1]  # highest first
-    difference = paired[level][name]
-    text = (f"{opening.format(level=level)} {rich[level][name]['mean']:.2f} at alpha = {a} and "
-            f"{lazy[level][name]['mean']:.2f} at alpha = {b}, paired difference {difference['mean']:.2f}")
+    rich, lazy = (summary["alphas"][alpha]["levels"][level][name]["mean"] for alpha in (a, b))
+    difference = summary["paired"][f"{a} - {b}"]["levels"].get(level, {}).get(name, {})
+    text = f"{opening.format(level=level)} {rich:.2f} at alpha = {a} and {lazy:.2f} at alpha = {b}"
     if "interval" not in difference:
-        return f"{text}; an interval takes three seeds: nothing is concluded."
+        return f"{text}; an interval takes three seeds of both: nothing is concluded."
     low, high = difference["interval"]
     verdict = "these runs do not show a difference"
     if low > 0:
         verdict = larger
     if high < 0:
         verdict = smaller
-    return f"{text} [{low:.2f}, {high:.2f}] ({difference['n']} seeds): {verdict}."
+    return (f"{text}, paired difference {difference['mean']:.2f} [{low:.2f}, {high:.2f}] ({difference['n']} seeds): "
+            f"{verdict}.")
+
+
+def passed_by_all(runs, summary, name):
+    """The lowest level at which every run has a value of `name`, as text; None if there is none."""
+    lowest = None
+    for level in summary["alphas"][f"{min(runs):g}"]["levels"]:  # highest first
+        lacking = 0
+        for alpha, seeds in runs.items():
+            cell = summary["alphas"][f"{alpha:g}"]["levels"].get(level, {}).get(name, {"n": 0})
+            lacking += len(seeds) - cell["n"]
+        if lacking == 0:
+            lowest = level
+    return lowest
 
 
 def print_table(title, rows, columns):
@@ -1416,9 +1435,10 @@ def print_table(title, rows, columns):
     if not rows:
         print("  no level is reached yet")
         return
-    print(" " * 12 + "".join(f"{column:>30}" for column in columns))
+    wide = max(8, *map(len, rows))
+    print(" " * wide + "".join(f"{column:>30}" for column in columns))
     for label, row in rows.items():
-        print(f"{label:>12}" + "".join(f"{cell(row.get(column)):>30}" for column in columns))
+        print(f"{label:>{wide}}" + "".join(f"{cell(row.get(column)):>30}" for column in columns))
 
 
 def print_claim(title, summary, name):
@@ -1570,8 +1590,6 @@ def options(script, table, quick, given, file):
         if float(f"{alpha:g}") != alpha:
             raise ValueError(f"--alpha {alpha}: at most six digits, since folders are named by it")
     o.device, o.dtype = device_named(o.device), getattr(torch, o.dtype)
-    # True float32: cuDNN's default, TF32, keeps 10 bits of the mantissa, and alpha multiplies what it rounds off.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return o
 
 
@@ -1685,8 +1703,7 @@ def run_here(load, run, images, o, alpha, seed):
     """One run in this process; a child of --jobs gets images as None and loads its own, once."""
     if images is None:
         run_here.images = images = getattr(run_here, "images", None) or load(o)
-    with torch.inference_mode(False), torch.enable_grad():
-        run(alpha, seed, images, o)
+    run(alpha, seed, images, o)
 
 
 def watch(o, pairs, progress):
@@ -1716,14 +1733,14 @@ def side_by_side(o, work, tasks, look):
         torch.set_num_threads(min(before, threads))
         try:
             for task in tasks:
-                yield work(*task)
+                yield at_work(work, *task)
         finally:
             torch.set_num_threads(before)
         return
     others, waiting = set(multiprocessing.active_children()), True
     pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_child, (threads,))
     try:
-        waiting = {pool.submit(work, *task) for task in tasks}
+        waiting = {pool.submit(at_work, work, *task) for task in tasks}
         while waiting:
             ended, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
             for future in ended:
@@ -1739,9 +1756,17 @@ def side_by_side(o, work, tasks, look):
         pool.shutdown(cancel_futures=True)
 
 
+def at_work(work, *task):
+    """work(*task) in true float32 (TF32, cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it
+    rounds off), and with gradients, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad(), true_float32():
+        return work(*task)
+
+
 def start_child(threads):
     """In a child of --jobs: its threads; its end when the parent's comes; Ctrl-C is the parent's business."""
     torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Progress.quiet = True
 
