@@ -37,14 +37,11 @@ PLANE = dict(extent=(-1, 1, -1, 1), origin="lower")  # where matplotlib puts a m
 MEASURED = ["test_loss", "test_acc", "inside_loss", "outside_loss", "sign_similarity", "repr_alignment",
             "repr_alignment_gram", "ntk_alignment", "target_alignment", "linearisation_error",
             "update_noise"]
-TASKS = {  # centres and radius of the discs
-    "yinyang": ([(-.5, .5), (.5, -.5)], .3), "yinyang2": ([(-.5, .5), (-.5, -.5)], .3),
-    "disk": ([(0, 0)], math.sqrt(2 / math.pi)), "disk_flip": ([(0, 0)], math.sqrt(2 / math.pi))}
+CENTRES, RADIUS = [(-.5, .5), (.5, -.5)], .3  # of the two discs
 OPTIONS = {
     "runs": ("what to run", 100, "at least 1", "networks per alpha, each with its own data"),
     "chunk": ("what to run", 25, "at least 1", "runs trained as one, the unit of resuming; more on a GPU"),
     "animate": ("what to run", False, None, "also write toy.gif: what run 0 predicts as it learns"),
-    "task": ("training", "yinyang", list(TASKS), "where which label is"),
     "extra_dims": ("training", 5, "at least 0", "inputs that mean nothing"),
     "iterations": ("training", 25000, "at least 1", "at most so many steps of gradient descent"),
     "lr": ("training", .1, "above 0", "learning rate, before the division by alpha^2"),
@@ -53,17 +50,14 @@ OPTIONS = {
                      "subset", "group_size", "levels", "checkpoint_seconds"])}  # shared, but none of ours
 
 
-def label(task, x):
-    """x (..., 2 or more) -> label +1 or -1 (...), and whether x is in a disc (...): in yin-yang, is hard."""
-    centres, radius = TASKS[task]
+def label(x):
+    """x (..., 2 or more) -> label +1 or -1 (...), the sign of x2, flipped inside the discs; and whether x is
+    inside one (...), which makes it hard."""
     x1, x2 = x[..., 0], x[..., 1]
     inside = torch.zeros_like(x1, dtype=torch.bool)
-    for c1, c2 in centres:
-        inside |= (x1 - c1)**2 + (x2 - c2)**2 < radius**2
-    positive = inside ^ (x2 > 0)  # the sign of x2, flipped inside
-    if task == "disk":
-        positive = inside
-    return torch.where(positive, 1.0, -1.0).to(x.dtype), inside
+    for c1, c2 in CENTRES:
+        inside |= (x1 - c1)**2 + (x2 - c2)**2 < RADIUS**2
+    return torch.where(inside ^ (x2 > 0), 1.0, -1.0).to(x.dtype), inside
 
 
 def points(run, o):
@@ -123,7 +117,7 @@ class Batch:
         for same in zip(*(network(run, o).parameters() for run in runs)):  # one parameter of every run
             self.theta0.append(torch.stack(same).detach().view(len(runs), len(same[0]), -1))
         x = torch.stack([points(run, o)[0] for run in runs]).to(o.device, o.dtype)  # (R, N, d)
-        self.x, self.y = x.mT.contiguous(), label(o.task, x)[0][:, None]
+        self.x, self.y = x.mT.contiguous(), label(x)[0][:, None]
         self.f0, self.inputs0 = forward(self.theta0, self.x)  # never change: computed once
         self.theta = [p.clone().requires_grad_() for p in self.theta0]
         if alpha == math.inf:
@@ -212,8 +206,8 @@ def watch(run, alpha, o):
     f = common.center(network(run, o), alpha)
     optimizer = common.scaled_sgd(f, o.lr)
     x, x_probe, x_grid = (x.to(o.device, o.dtype) for x in points(run, o))
-    y, (y_grid, inside) = label(o.task, x)[0], label(o.task, x_grid)
-    linearity = common.Linearity(f, x_probe, label(o.task, x_probe)[0])
+    y, (y_grid, inside) = label(x)[0], label(x_grid)
+    linearity = common.Linearity(f, x_probe, label(x_probe)[0])
 
     def step():
         optimizer.zero_grad()
@@ -392,7 +386,7 @@ def summarise(found):
 def conclude(o, found):
     """Print a table for each claim, and what rounding did; write summary.json and return what it holds."""
     summary = summarise(found)
-    summary["conclusion"] = verdict(o, found, summary)
+    summary["conclusion"] = verdict(found, summary)
     summary["options"] = common.identity(o, {})["run"]
     print("\nmedian iterations to a training loss, and how many runs reached it")
     print(f"{'alpha':>12}" + "".join(f"{level:>16g}" for level in LEVELS))
@@ -423,7 +417,7 @@ def conclude(o, found):
     return json.loads(line)
 
 
-def verdict(o, found, summary):
+def verdict(found, summary):
     """The conclusion in a sentence, at the lowest level that every run has under both alphas, or most do."""
     rich, lazy = rich_and_lazy(found)
     counts = {level: len(in_both(found, level, rich, lazy)) for level in LEVELS}
@@ -438,17 +432,15 @@ def verdict(o, found, summary):
     if "interval" not in inside or "interval" not in outside:
         return f"{most} run(s) have both alphas at {level:g}, an interval takes three: nothing is concluded."
     (low, high), (outside_low, outside_high) = inside["interval"], outside["interval"]
-    if low > 0 > outside_high and o.task.startswith("yinyang"):
+    if low > 0 > outside_high:
         return (f"At equal training loss {level:g} the test loss of the rich networks (alpha = {rich:g}) is "
                 f"{inside['mean']:.3f} [{low:.3f}, {high:.3f}] higher in the discs and "
                 f"{-outside['mean']:.3f} [{-outside_high:.3f}, {-outside_low:.3f}] lower outside than that "
                 f"of the lazy ones (alpha = {lazy:g}; {most} runs): they hastened to the easy region, "
                 "as in the paper.")
-    ending = "these runs do not show that rich networks hasten to the easy region"
-    if not o.task.startswith("yinyang"):
-        ending = "the paper's claim is about yin-yang, where the discs are the hard part"
     return (f"At equal training loss {level:g} the test loss of alpha = {rich:g} minus that of alpha = "
-            f"{lazy:g} is {common.cell(inside)} in the discs and {common.cell(outside)} outside: {ending}.")
+            f"{lazy:g} is {common.cell(inside)} in the discs and {common.cell(outside)} outside: "
+            "these runs do not show that rich networks hasten to the easy region.")
 
 
 # The pictures.
@@ -461,7 +453,7 @@ def draw(o, found):
     top, bottom = figure.subfigures(2, 1)
     task, training = top.subplots(1, 2, width_ratios=[1, 1.9])
     axis = torch.linspace(-1, 1, 400)
-    background, _ = label(o.task, torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
+    background, _ = label(torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
     task.imshow(background.numpy(), cmap="RdBu_r", vmin=-4, vmax=4, **PLANE)
     draw_task(task, o)
     task.set_title("(a) task, and one run's data", fontsize=10)
@@ -473,11 +465,10 @@ def draw(o, found):
 def draw_task(ax, o, examples=True):
     """The plane of x1 and x2 with the discs, and the training examples of run 0."""
     from matplotlib.patches import Circle
-    centres, radius = TASKS[o.task]
-    for centre in centres:
-        ax.add_patch(Circle(centre, radius, fill=False, linewidth=.8, color="black"))
+    for centre in CENTRES:
+        ax.add_patch(Circle(centre, RADIUS, fill=False, linewidth=.8, color="black"))
     x = points(0, o)[0]
-    y, _ = label(o.task, x)
+    y, _ = label(x)
     for sign, colour, marker in ((1, "#b2182b", "o"), (-1, "#2166ac", "^")):
         if examples:
             x1, x2 = x[y == sign, :2].T

@@ -196,7 +196,7 @@ def bench_toy(repeats=7, chunk=25):
             batch.step(loss)
 
     x, _, grid = (t.float() for t in toy.points(0, o))
-    y, grid_y = ((toy.label(o.task, points)[0] > 0).float() for points in (x, grid))
+    y, grid_y = ((toy.label(points)[0] > 0).float() for points in (x, grid))
     f = common.center(toy.network(0, o), 1.0)
     optimizer = torch.optim.SGD(f.model.parameters(), lr=o.lr)
 

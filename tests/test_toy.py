@@ -33,7 +33,7 @@ def lines(folder):
 def plain_run(run, alpha, o):
     """One network on its own, and its training data: what the batch must reproduce."""
     x = toy.points(run, o)[0]
-    y = toy.label(o.task, x)[0][:, None]
+    y = toy.label(x)[0][:, None]
     f = common.center(toy.network(run, o), alpha)
     return f, common.scaled_sgd(f, o.lr), x, y
 
@@ -112,7 +112,7 @@ def test_linear_limit_is_kernel_gradient_descent():
         pass
     for run in (0, 1):
         x = toy.points(run, o)[0]
-        y = toy.label(o.task, x)[0][:, None]
+        y = toy.label(x)[0][:, None]
         K = common.empirical_ntk(toy.network(run, o), x)[:, 0, :, 0].detach()
         f, losses = torch.zeros_like(y), []
         for _ in range(o.iterations + 1):
@@ -148,12 +148,8 @@ def test_the_batch_starts_at_the_plain_networks():
 
 def test_labels_and_grid():
     x = torch.tensor([[-.5, .5], [.5, -.5], [-.5, -.5], [.5, .5], [0, -.9], [-.5, .79], [-.5, .81]])
-    for task, signs, inside in (("yinyang", [-1, 1, -1, 1, -1, -1, 1], [1, 1, 0, 0, 0, 1, 0]),
-                                ("yinyang2", [-1, -1, 1, 1, -1, -1, 1], [1, 0, 1, 0, 0, 1, 0]),
-                                ("disk", [1, 1, 1, 1, -1, -1, -1], [1, 1, 1, 1, 0, 0, 0]),
-                                ("disk_flip", [-1, 1, 1, -1, -1, 1, 1], [1, 1, 1, 1, 0, 0, 0])):
-        y, hard = toy.label(task, x)
-        assert y.tolist() == signs and hard.int().tolist() == inside, task
+    y, hard = toy.label(x)
+    assert y.tolist() == [-1, 1, -1, 1, -1, -1, 1] and hard.int().tolist() == [1, 1, 0, 0, 0, 1, 0]
     o = options()
     (x, _, grid), (x1, _, grid1) = toy.points(0, o), toy.points(1, o)
     assert x.shape == (100, 7) and grid.shape == (3600, 7) and not torch.equal(x, x1)
@@ -220,7 +216,7 @@ def test_a_record_is_of_the_crossing_network(tmp_path):
         toy.loss_of(f(x), y).mean().backward()
         optimizer.step()
     grid = toy.points(1, o)[2]
-    y, inside = toy.label("yinyang", grid.float())
+    y, inside = toy.label(grid.float())
     loss = F.softplus(-y * f(grid)[:, 0])
     assert record["inside_loss"] == pytest.approx(loss[inside].mean().item(), rel=1e-3)
     assert record["outside_loss"] == pytest.approx(loss[~inside].mean().item(), rel=1e-3)
@@ -252,9 +248,9 @@ def synthetic(inside, outside, levels, runs=5):
 
 
 def test_the_conclusion_follows_from_the_intervals():
-    def verdict(*given, task="yinyang"):
+    def verdict(*given):
         found = synthetic(*given)
-        return toy.verdict(options(task=task), found, toy.summarise(found))
+        return toy.verdict(found, toy.summarise(found))
 
     assert "loss 0.5 " in verdict(.2, -.1, {.5: 5, .4: 4}) and "5 runs" in verdict(.2, -.1, {.5: 5, .4: 4})
     assert "as in the paper" in verdict(.2, -.1, {.5: 5, .4: 5})
@@ -264,7 +260,6 @@ def test_the_conclusion_follows_from_the_intervals():
         assert "do not show" in verdict(inside, outside, {.5: 5})
     assert "takes three" in verdict(.2, -.1, {.5: 2})
     assert "No run reached" in verdict(.2, -.1, {})
-    assert "yin-yang" in verdict(.2, -.1, {.5: 5}, task="disk")
 
 
 def test_rounding_is_warned_about(tmp_path, capsys):
@@ -377,7 +372,6 @@ def test_more_runs_extend(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("bad, words", [
     (dict(alpha=[0]), "alpha"), (dict(alpha=[math.nan]), "alpha"), (dict(runs=0), "runs"),
-    (dict(task="moons"), "task"), (dict(task="yinjang"), "mean yinyang"),
     (dict(extra_dims=-1), "extra-dims"), (dict(iterations=0), "iterations"), (dict(width=0), "width"),
     (dict(chunk=0), "chunk"), (dict(lr=-1), "lr"), (dict(dtype="bfloat16"), "dtype"),
     (dict(momentum=.9), "momentum"),
@@ -400,9 +394,9 @@ def small(tmp_path_factory):
 
 def test_other_options_are_refused(small, tmp_path):
     out, given = small
-    for more, words in ((dict(task="disk"), "task"), (dict(lr=.1), "lr"),
+    for more, words in ((dict(extra_dims=2), "extra_dims"), (dict(lr=.1), "lr"),
                         (dict(iterations=50), "iterations"),
-                        (dict(alpha=[20], task="disk"), "task")):  # no figure of both, either
+                        (dict(alpha=[20], extra_dims=2), "extra_dims")):  # no figure of both, either
         with pytest.raises(ValueError, match=words):
             toy.main(**{**given, **more}, out=str(out))
     assert not (out / "alpha=20").exists()
@@ -456,7 +450,6 @@ DAMAGE = {
     "half args": cut("args.json", .5),
     "no args": lambda folder: (folder / "args.json").unlink(),
     "no maps": lambda folder: (folder / "maps.npz").unlink(),
-    "other task": edit_args("task", "moons"),
     "words for iterations": edit_args("iterations", "many"),
     "list for iterations": edit_args("iterations", [60]),
     "no width": edit_args("width", None),
