@@ -853,18 +853,13 @@ class Run:
         self.total = o.epochs * self.steps_an_epoch
         self.iteration, self.seconds, self.records, self.step = 0, 0.0, [], None
         self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
-        self.folder = run_folder(o, f"alpha={f.alpha:g}_seed={seed}", images, self.tensors)
+        self.folder = run_folder(o, folder_of(o, f.alpha, seed), images, self.tensors)
         if o.momentum:
             for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 self.tensors.append(optimizer.state[p]["momentum_buffer"])
         if (self.folder / "checkpoint.pt").exists():
             self.load()
-        else:
-            self.records = read_log(self.folder / "log.jsonl")
-            if self.records and not finished(self.records, o):
-                raise ValueError(f"{self.folder} has records of an unfinished run but not its checkpoint, so it cannot "
-                                 "go on: choose another --out, or delete that folder")
 
     def minibatches(self, probe):
         """Yield the indices of minibatch after minibatch; probe() returns the script's part of a record, with
@@ -878,8 +873,7 @@ class Run:
         begin, shuffled = time.monotonic() - self.seconds, None
         while True:
             self.seconds = time.monotonic() - begin
-            seen = bool(self.records) and self.records[-1]["iteration"] == self.iteration  # before an interruption
-            if self.iteration in due and not seen:
+            if self.iteration in due or self.iteration >= self.total:
                 self.look(probe, progress)
                 if "ended" in self.records[-1]:
                     break
@@ -907,10 +901,10 @@ class Run:
         recent = [earlier["mean_train_loss"] for earlier in self.records[-4:]] + [loss]
         if not math.isfinite(loss):
             ended = "diverged"
-        elif len(recent) == 5 and np.mean(recent) < self.o.stop_loss:
-            ended = "stop-loss"
         elif self.iteration >= self.total:
             ended = "epochs"
+        elif len(recent) == 5 and np.mean(recent) < self.o.stop_loss:
+            ended = "stop-loss"
         if ended != "diverged" and (ended or len(self.records) % 5 == 0):
             record.update(self.linearity())
             batch = torch.arange(self.o.batch_size, device=self.o.device)
@@ -944,10 +938,9 @@ class Run:
         except Exception as e:  # damaged bytes make zipfile and torch raise nearly anything
             raise ValueError(f"{path} cannot be read ({first_line(e)[:100]}): choose another --out, or delete the folder "
                              f"{self.folder}") from None
-        if not finished(self.records, self.o):
-            if self.records and "ended" in self.records[-1]:
-                self.records.pop()  # probed again, if it is on the schedule
-            write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
+        if not finished(self.records, self.o):  # what was probed here is probed again, if it is on the schedule
+            self.records = [record for record in self.records if record["iteration"] < self.iteration]
+        write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
 
 
 def finished(records, o):
@@ -1091,15 +1084,15 @@ class Progress:
 def identity(o, images):
     """What a run is ("run": script, options that are part of it, data) and what is good to know beside it."""
     run = {"script": o.script, **{name: getattr(o, name) for name in o.part_of_run}, "dtype": str(o.dtype)[6:],
-           "data_crc32": crc32([v for _, v in sorted(images.items()) if isinstance(v, np.ndarray)])}
+           "data_crc32": crc32([np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray))])}
     return {"run": run, "script_crc32": o.script_crc32, "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0],
             "device": str(o.device), "threads": torch.get_num_threads()}
 
 
-def run_folder(o, name, images, theta0):
-    """The folder OUT/name of one run, made and marked by its args.json. ValueError: it holds another run."""
-    folder, args = pathlib.Path(o.out) / name, identity(o, images)
+def run_folder(o, folder, images, theta0):
+    """The folder of one run, made and marked by its args.json. ValueError: it holds another run."""
+    args = {"folder": folder.name, **identity(o, images)}
     args["run"]["theta0_crc32"] = crc32(theta0)
     with naming_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1112,12 +1105,14 @@ def run_folder(o, name, images, theta0):
 
 def check_folder(o, images):
     """Compare what would be trained with every run in --out. ValueError: there is another; a warning: another script."""
-    args = identity(o, images)
+    args, others = identity(o, images), []
     for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
         there = read_args(path.parent)
         compare(there, args["run"], path.parent)
         if there.get("script_crc32") != args["script_crc32"]:
-            print(f"warning: {path.parent} was run by another text of {o.script}.py")
+            others.append(path.parent.name)
+    if others:
+        print(f"warning: {len(others)} run(s) in {o.out} are by another text of {o.script}.py: {' '.join(others)[:60]}")
 
 
 def compare(there, run, folder):
@@ -1133,28 +1128,32 @@ def damaged(path):
 
 
 def read_args(folder):
-    """A run folder's args.json as a dict. ValueError: missing or damaged."""
+    """A run folder's args.json as a dict. ValueError: missing, damaged, or of a folder of another name."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        return {**args, "run": dict(args["run"])}
+        if args["folder"] != folder.name or not isinstance(args["run"], dict):
+            raise ValueError
+        return args
     except (OSError, ValueError, KeyError, TypeError):
         raise damaged(folder / "args.json") from None
 
 
-def read_log(path):
-    """The records of a log.jsonl; a half-written last line is left out. ValueError: a damaged line before it."""
-    records = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+def read_log(folder, needed=("iteration", "epoch", "mean_train_loss")):
+    """The records of a folder's log.jsonl, each with what is `needed` and a number or null for all but `ended`; a
+    half-written last line is left out. ValueError: it is damaged."""
+    path, records = folder / "log.jsonl", []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if not line.endswith(b"\n"):
+            break
         try:
-            if not line.endswith(b"\n"):
-                break
             record = json.loads(line)
-            records.append(record)
-            numbers = [value for key, value in record.items() if key != "ended"]
-            if not all(isinstance(value, (int, float, type(None))) for value in numbers):
-                raise ValueError
-        except (ValueError, AttributeError):
-            raise damaged(path) from None
+            good = set(needed) <= set(record) and all(
+                isinstance(value, (int, float, type(None))) for key, value in record.items() if key != "ended")
+        except (ValueError, TypeError, AttributeError):
+            good = False
+        if not good or None in (record.get("iteration", 0), record.get("epoch", 0)):
+            raise damaged(path)
+        records.append(record)
     return records
 
 
@@ -1163,16 +1162,14 @@ def read_runs(folder):
     ValueError: there are none, one is damaged, or they differ in more than alpha and seed."""
     runs, first = {}, None
     for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
-        records = read_log(path)
+        records, args = read_log(path.parent), read_args(path.parent)
+        first = first or args
+        compare(args, {key: first["run"][key] for key in first["run"] if key != "theta0_crc32"}, path.parent)
         for record in records:
-            if not {"iteration", "epoch", "mean_train_loss"} <= set(record):
+            if set(records[0]) - set(record) - {*LINEARITY, "ended"}:
                 raise damaged(path)
+        alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
         if records:
-            args = read_args(path.parent)
-            args["run"].pop("theta0_crc32", None)
-            first = first or args
-            compare(args, first["run"], path.parent)
-            alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
             runs.setdefault(float(alpha), {})[int(seed)] = records
     if not runs:
         raise ValueError(f"{folder}: there are no records of runs (--out)")
@@ -1234,6 +1231,10 @@ def first_line(e):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "target_alignment",
+             "linearisation_error", "update_noise")
+
+
 def smooth(values):
     """The centred average over five probes, (n,) -> (n - 2,): the window shrinks at the start, and the last two are not
     read, so that a reading does not change when the run goes on."""
@@ -1279,7 +1280,8 @@ def value_at(level, loss, quantity):
     if len(before) == 0 or len(after) == 0:
         return None
     a, b = before[-1], after[0]
-    lowest = max(loss[passed[0]:b + 1].min(), 1e-300)  # loss[b] itself, unless b is further on
+    # Where b was measured later, a jittering loss may be above the level again: its lowest value up to there counts.
+    lowest = max(loss[passed[0]:b + 1].min(), 1e-300)
     share = math.log(loss[a] / level) / math.log(loss[a] / lowest)
     return float(quantity[a] + share * (quantity[b] - quantity[a]))
 
@@ -1325,7 +1327,7 @@ def loss_levels(runs, more=()):
     """.9, .8, ... .1 times L0, the paper's 1.0 and .5, and more, as far as they lie below L0; highest first. L0 is the
     mean training loss at the start, as the first record at the smallest alpha has it: ln C for cross-entropy."""
     smallest = runs[min(runs)]
-    start = float(f"{smallest[min(smallest)][0]['mean_train_loss']:.3g}")
+    start = float(f"{smallest[min(smallest)][0]['mean_train_loss'] or 0:.3g}")  # null if it is not finite
     levels = {1.0, .5, *more}
     for k in range(1, 10):
         levels.add(k / 10 * start)
@@ -1355,10 +1357,6 @@ def summarise(runs, quantities, levels, on="mean_train_loss"):
         differences = [subtract(values[a][seed], values[b][seed]) for seed in runs[a] if seed in runs[b]]
         summary["paired"][f"{a:g} - {b:g}"] = {"levels": table(differences, interval=True)}
     return summary
-
-
-LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "target_alignment",
-             "linearisation_error", "update_noise")
 
 
 def readings(arrays, levels, loss):
@@ -1403,7 +1401,7 @@ def sentence(runs, summary, name, opening, larger, smaller):
         return "No loss level was passed by every run yet: nothing is concluded."
     rich, lazy = (summary["alphas"][alpha]["levels"][level][name]["mean"] for alpha in (a, b))
     difference = summary["paired"][f"{a} - {b}"]["levels"].get(level, {}).get(name, {})
-    text = f"{opening.format(level=level)} {rich:.2f} at alpha = {a} and {lazy:.2f} at alpha = {b}"
+    text = f"{opening.format(level=level)} {rich:.3f} at alpha = {a} and {lazy:.3f} at alpha = {b}"
     if "interval" not in difference:
         return f"{text}; an interval takes three seeds of both: nothing is concluded."
     low, high = difference["interval"]
@@ -1412,19 +1410,15 @@ def sentence(runs, summary, name, opening, larger, smaller):
         verdict = larger
     if high < 0:
         verdict = smaller
-    return (f"{text}, paired difference {difference['mean']:.2f} [{low:.2f}, {high:.2f}] ({difference['n']} seeds): "
-            f"{verdict}.")
+    return f"{text}, paired difference {cell(difference)}: {verdict}."
 
 
 def passed_by_all(runs, summary, name):
     """The lowest level at which every run has a value of `name`, as text; None if there is none."""
     lowest = None
     for level in summary["alphas"][f"{min(runs):g}"]["levels"]:  # highest first
-        lacking = 0
-        for alpha, seeds in runs.items():
-            cell = summary["alphas"][f"{alpha:g}"]["levels"].get(level, {}).get(name, {"n": 0})
-            lacking += len(seeds) - cell["n"]
-        if lacking == 0:
+        rows = [summary["alphas"][f"{alpha:g}"]["levels"].get(level, {}) for alpha in runs]
+        if all(name in row and row[name]["n"] == len(runs[alpha]) for row, alpha in zip(rows, runs)):
             lowest = level
     return lowest
 
@@ -1484,23 +1478,23 @@ def draw_band(ax, seeds, x, y, read=value_at, **style):
     """Draw the smoothed y against the smoothed x for the runs {seed: records} of one alpha: one run as its curve, its
     single probes faint behind it; several as mean and range, read at equal x as the tables are."""
     curves = [curve(records) for records in seeds.values()]
-    curves = [c for c in curves if len(c[x]) > 1]
+    curves = [columns for columns in curves if len(columns[x]) > 1]
     if len(curves) == 1:
         measured = np.isfinite(curves[0][y])
         ax.plot(curves[0][x][measured], curves[0][y][measured], **style)
-        points = [(r[x], r[y]) for r in next(iter(seeds.values())) if r.get(y) is not None and r[x] is not None]
         if y not in LINEARITY:
-            ax.plot(*np.array(points).T, ".", color=style["color"], markersize=2, alpha=.3)
-    if len(curves) < 2:
-        return
-    low, high = max(c[x].min() for c in curves), min(c[x].max() for c in curves)
-    middle, mean, least, most = [], [], [], []
-    for level in np.linspace(low, high, 120)[1:-1]:
-        values = [read(level, c[x], c[y]) for c in curves]
-        if None not in values:
-            middle.append(level), mean.append(np.mean(values)), least.append(min(values)), most.append(max(values))
-    ax.plot(middle, mean, **style)
-    ax.fill_between(middle, least, most, color=style["color"], alpha=.18, linewidth=0)
+            probes = [(r[x], r[y]) for r in next(iter(seeds.values())) if None not in (r[x], r[y])]
+            ax.plot(*np.array(probes).T, ".", color=style["color"], markersize=2, alpha=.3)
+    if len(curves) > 1:
+        low, high = max(c[x].min() for c in curves), min(c[x].max() for c in curves)
+        band = []
+        for level in np.linspace(low, high, 120)[1:-1]:
+            values = [read(level, columns[x], columns[y]) for columns in curves]
+            if None not in values:
+                band.append((level, np.mean(values), min(values), max(values)))
+        middle, mean, least, most = np.array(band).reshape(-1, 4).T
+        ax.plot(middle, mean, **style)
+        ax.fill_between(middle, least, most, color=style["color"], alpha=.18, linewidth=0)
 
 
 def draw_linearity(similarity, error, runs, x, read=value_at):
@@ -1609,32 +1603,42 @@ def checked(flag, value, default, bounds):
     if isinstance(default, list):
         one = default[0] if default else 1.0
         several = value if isinstance(value, (list, tuple, range, np.ndarray)) else [value]
+        if len(several) == 0 and default:
+            raise ValueError(f"{flag} needs a value")
         return list(dict.fromkeys(checked(flag, each, one, bounds) for each in several))
-    if isinstance(default, bool) and isinstance(value, bool):
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{flag} must be True or False, not {value}")
         return value
+    if isinstance(default, str):
+        if bounds and str(value) not in bounds:
+            raise ValueError(f"{flag} {value}: {near(value, bounds)}")
+        return str(value)
     kind = default if isinstance(default, type) else type(default)
     try:
-        result = kind(str(value))  # by way of text: False is not 0, and 2.5 is no whole number
-        good = kind is not bool and (within(result, bounds) if kind in (int, float) else not bounds or result in bounds)
+        number = kind(str(value))  # by way of text: False is not 0, and 2.5 is no whole number
+        good = within(number, bounds)
     except ValueError:
         good = False
-    if good:
-        return result
-    if isinstance(bounds, list):
-        raise ValueError(f"{flag} {value}: {near(value, bounds)}")
-    what = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
-    hint = " (separate several by spaces)" if "," in str(value) else ""
-    raise ValueError(f"{flag} must be {what} {(bounds or '').replace(', ', ' and ')}, not {value}{hint}")
+    if not good:
+        what = "a whole number" if kind is int else "a number"
+        hint = " (separate several by spaces)" if "," in str(value) else ""
+        raise ValueError(f"{flag} must be {what} {bounds.replace(', ', ' and ')}, not {value}{hint}")
+    return number
 
 
 def within(number, bounds):
     """Whether a number keeps to bounds such as "above 0, at most 1"; infinite only where they name inf."""
-    keeps = {"at least": number.__ge__, "above": number.__gt__, "at most": number.__le__, "below": number.__lt__}
+    if math.isnan(number) or (math.isinf(number) and "inf" not in bounds):
+        return False
     for bound in bounds.split(", "):
         word, limit = bound.rsplit(" ", 1)
-        if not keeps[word](type(number)(limit)):
+        limit = float(limit)
+        if word in ("at least", "above") and number < limit or word in ("at most", "below") and number > limit:
             return False
-    return math.isfinite(number) or "inf" in bounds
+        if word in ("above", "below") and number == limit:
+            return False
+    return True
 
 
 def near(word, names):
@@ -1664,19 +1668,25 @@ def sweep(o, load, run, conclude, draw):
     pairs, and whoever finds every run ended concludes."""
     if not o.draw_only:
         pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
-        mine = share_of_rank(pairs)
         images = load(o)
         check_folder(o, images)
-        missing = [pair for pair in mine if not finished(log_of(o, *pair), o)]
-        work = functools.partial(run_here, load, run, images if jobs_of(o, missing) == 1 else None, o)
+        missing = [pair for pair in share_of_rank(pairs) if not finished(read_log(folder_of(o, *pair)), o)]
+        for folder in [folder_of(o, *pair) for pair in missing]:
+            if read_log(folder) and not (folder / "checkpoint.pt").exists():
+                raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go on: "
+                                 "choose another --out, or delete that folder")
+        mine = images if jobs_of(o, missing) == 1 else None  # a child of --jobs loads its own
+        work = functools.partial(run_here, load, run, mine, o)
         progress = Progress("sweep", o.epochs * len(missing))
         for _ in side_by_side(o, work, missing, lambda: watch(o, missing, progress)):
             pass
-        if not all(finished(log_of(o, *pair), o) for pair in pairs):
+        if not all(finished(read_log(folder_of(o, *pair)), o) for pair in pairs):
             return {}  # another process is at work on them, and will conclude
-    runs, there = read_runs(o.out), read_args(next(pathlib.Path(o.out).glob("alpha=*_seed=*")))
+    runs = read_runs(o.out)
+    there = read_args(sorted(pathlib.Path(o.out).glob("alpha=*_seed=*/log.jsonl"))[0].parent)
     compare(there, {"script": o.script}, o.out)
-    o.dataset = there.get("dataset")
+    o.dataset = there["dataset"]
+    del there["run"]["theta0_crc32"]  # a seed's own
     summary = conclude(o, runs)
     summary["options"] = {"script": o.script, "dataset": o.dataset, "levels": o.levels, **there["run"]}
     diverged = [pair for pair in pairs_of(runs) if runs[pair[0]][pair[1]][-1].get("ended") == "diverged"]
@@ -1695,8 +1705,8 @@ def share_of_rank(tasks):
     return tasks[rank::world]
 
 
-def log_of(o, alpha, seed):
-    return read_log(pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}" / "log.jsonl")
+def folder_of(o, alpha, seed):
+    return pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
 
 
 def run_here(load, run, images, o, alpha, seed):
@@ -1708,7 +1718,7 @@ def run_here(load, run, images, o, alpha, seed):
 
 def watch(o, pairs, progress):
     """One status line for runs side by side, read off their records."""
-    last = [log[-1] for log in [log_of(o, *pair) for pair in pairs] if log]
+    last = [log[-1] for log in [read_log(folder_of(o, *pair)) for pair in pairs] if log]
     going = [f"{record['mean_train_loss']:.3f}" for record in last if "ended" not in record]
     done = sum(o.epochs if "ended" in record else record["epoch"] for record in last)
     progress.status(done, f"{len(last) - len(going)} of {len(pairs)} runs ended, losses {' '.join(going)}", math.inf)

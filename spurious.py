@@ -439,7 +439,9 @@ def at_equal_accuracy(o, runs):
                     level, curve[f"{start}with_acc"], curve[f"{start}against_acc"])
         level = .85 if o.dataset == "celeba" else .9
         row[f"test at train {level}"] = common.value_at_accuracy(level, curve["mean_train_acc"], curve["test_acc"])
-        row["against at the end"], row["test at the end"] = last["against_acc"], last["test_acc"]
+        row["against at the end"] = row["test at the end"] = None
+        if last.get("ended") != "diverged":
+            row["against at the end"], row["test at the end"] = last["against_acc"], last["test_acc"]
     names, table = list(row), {"alphas": {}, "paired": {}}
     for alpha, seeds in runs.items():
         table["alphas"][f"{alpha:g}"] = {name: common.spread([values[alpha, s][name] for s in seeds]) for name in names}

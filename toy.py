@@ -256,7 +256,7 @@ def train_missing(o, data):
     """Train the runs that --out does not hold yet. Under torchrun each process takes some of the alphas."""
     chunks = []
     for alpha in common.share_of_rank(o.alpha):
-        folder = common.run_folder(o, f"alpha={alpha:g}", data, network(0, o).parameters())
+        folder = common.run_folder(o, pathlib.Path(o.out) / f"alpha={alpha:g}", data, network(0, o).parameters())
         _, arrays = read_run(folder, o)
         missing = [run for run in range(o.runs) if run not in arrays["runs"]]
         for first in range(0, len(missing), o.chunk):
@@ -288,7 +288,7 @@ def store(folder, new_records, new_arrays, o):
 
 def read_run(folder, o):
     """Records and arrays (see train_chunk) of the runs of a folder that are done. ValueError: damaged."""
-    records = common.read_log(folder / "log.jsonl")
+    records = common.read_log(folder, needed=("run", "level", "iteration", "train_loss"))
     empty = {"runs": np.zeros(0, int), "maps": np.zeros((0, len(MAPS), SIDE, SIDE), np.float16),
              "curves": np.zeros((0, len(curve_marks(o.iterations))), np.float32)}
     if not records:

@@ -169,7 +169,7 @@ def concluded(rich, lazy, seeds=3):
 
 def test_the_conclusion_follows_the_paired_interval():
     """At the lowest level that every run has; a run without an effect claims nothing."""
-    assert "At 1.5 it is" in concluded(9, 5) and concluded(9, 5).endswith("(3 seeds): the rich is above.")
+    assert "At 1.5 it is" in concluded(9, 5) and concluded(9, 5).endswith("] (3): the rich is above.")
     assert concluded(5, 9).endswith("the lazy is above.")
     assert concluded(5, 5).endswith("these runs do not show a difference.")
     assert "takes three seeds" in concluded(9, 5, seeds=2)
@@ -185,13 +185,14 @@ def test_a_run_that_diverged_is_read_up_to_there():
 
 
 def test_damaged_log(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert common.read_log(path) == []
+    path, read = tmp_path / "log.jsonl", lambda: common.read_log(tmp_path, needed=["a"])
+    assert read() == []
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": 3')
-    assert [r["a"] for r in common.read_log(path)] == [1, 2]
-    path.write_bytes(b'{"a": 1}\n{"a"\n{"a": 3}\n')
-    with pytest.raises(ValueError, match="damaged"):
-        common.read_log(path)
+    assert [r["a"] for r in read()] == [1, 2]
+    for line in (b'{"a"', b"[]", b"3", b'{"b": 1}', b'{"a": "x"}', b'{"a": [1]}'):
+        path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+        with pytest.raises(ValueError, match="damaged"):
+            read()
 
 
 def test_a_colour_belongs_to_an_alpha():

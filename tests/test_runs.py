@@ -315,7 +315,7 @@ def test_help_comes_in_groups_with_defaults(capsys):
     with pytest.raises(SystemExit):
         parsed(["--help"])
     out = capsys.readouterr().out
-    assert out.index("training:") < out.index("The claim") and "(0.01; --quick: 0.0005)" in " ".join(out.split())
+    assert out.index("training:") < out.index("The claim") and "(0.01; --quick: 0.0008)" in " ".join(out.split())
 
 
 def test_fuzzed_options():
@@ -484,8 +484,38 @@ def test_unfinished_records_without_their_checkpoint_are_refused(tiny, tmp_path)
     (folder / "checkpoint.pt").unlink()
     tiny_run(tiny, tmp_path, alpha=[1], epochs=1)  # nothing is left to train: only drawn
     with pytest.raises(ValueError, match="not its checkpoint"):
-        tiny_run(tiny, tmp_path, alpha=[1], epochs=3)
+        tiny_run(tiny, tmp_path, alpha=[.5, 1], epochs=3)
+    assert not (tmp_path / "alpha=0.5_seed=0").exists()  # refused before anything is trained
     assert (folder / "log.jsonl").read_bytes() == before
+
+
+def test_fewer_epochs_than_an_interrupted_run_has_done_end_it(tiny, tmp_path):
+    interrupted(tiny, tmp_path, 22, signal.SIGKILL, **LONG)
+    tiny_run(tiny, tmp_path, alpha=[1], **{**LONG, "epochs": 2})
+    assert records(tmp_path)[-1]["ended"] == "epochs" and records(tmp_path)[-1]["iteration"] >= 12
+
+
+def test_a_lost_log_is_written_again_from_the_checkpoint(tiny, tmp_path):
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
+    log = tmp_path / "alpha=1_seed=0" / "log.jsonl"
+    before = log.read_bytes()
+    log.unlink()
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
+    assert log.read_bytes() == before
+
+
+def test_a_copied_folder_is_not_another_run(tiny, tmp_path):
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    shutil.copytree(tmp_path / "alpha=1_seed=0", tmp_path / "alpha=100_seed=7")
+    with pytest.raises(ValueError, match="damaged"):
+        tiny_run(tiny, tmp_path, alpha=[100], seeds=[7], epochs=1)
+
+
+def test_other_constants_are_another_run(tiny, tmp_path):
+    tiny_run(tiny, tmp_path / "run", alpha=[1], epochs=1)
+    np.savez(tiny, **tiny_arrays(), mean=[.1] * 3, std=[.9] * 3)
+    with pytest.raises(ValueError, match="data_crc32"):
+        tiny_run(tiny, tmp_path / "run", alpha=[1], epochs=2)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"run": 3}'])
@@ -498,7 +528,7 @@ def test_missing_or_damaged_args_are_refused(tiny, tmp_path, text):
         noisy.main(out=str(tmp_path), draw_only=True)
 
 
-@pytest.mark.parametrize("record", ["{}", "[]", '{"iteration": [1]}', '{"mean_train_loss": "low"}', '{"iteration": 0}'])
+@pytest.mark.parametrize("record", ["{}", "[]", '{"ended": "epochs"}', '{"iteration": 1, "epoch": null, "mean_train_loss": 1}', '{"iteration": [1]}', '{"mean_train_loss": "low"}', '{"iteration": 0}'])
 def test_edited_records_are_one_line(tiny, tmp_path, record):
     tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
     log = tmp_path / "alpha=1_seed=0" / "log.jsonl"
