@@ -173,7 +173,7 @@ def conclude(o, runs):
                        summary, "gap")
     for alpha, part in summary["alphas"].items():
         common.print_table(f"Loss of the deciles, alpha = {alpha}, at equal mean training loss", part["levels"],
-                           [f"decile_{d}" for d in (1, 3, 8, 10)])
+                           [f"decile_{d}" for d in sorted(o.deciles)])
     print("\nMean training loss at which each decile has fallen to half its initial loss (hardest to easiest)")
     for alpha, seeds in runs.items():
         part = summary["alphas"][f"{alpha:g}"]["half_way"] = {}
@@ -197,7 +197,8 @@ def draw(o, runs):
     """cscore.png, the paper's Figure 2; cscore_curves.png: the test split, and the same runs against iterations, which
     shows why equal time is no comparison."""
     from matplotlib.figure import Figure
-    styles = dict(zip(sorted(set(o.deciles)), ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 3)), (0, (3, 4)), "-", "--", "-."]))
+    dashes = ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 3)), (0, (3, 4)), (0, (9, 2)), (0, (2, 6)), (0, (5, 5))]
+    styles = dict(zip(sorted(o.deciles), dashes))
 
     def panel(ax, prefix, x, read=common.value_at):
         for alpha, seeds in runs.items():
@@ -222,7 +223,7 @@ def draw(o, runs):
     left.set_title("Test loss by decile")
     left.invert_xaxis()
     panel(right, "decile", "iteration", np.interp)
-    right.set(title="Training loss by decile", xscale="symlog", xlim=(1, None))
+    right.set(title="Training loss by decile", xscale="symlog")
     common.save_figure(figure, o.out, "cscore_curves")
 
 

@@ -142,7 +142,7 @@ def draw(o, runs):
                 common.draw_band(ax, seeds, "iteration", f"{name}_{what}", np.interp,
                                  color=common.colour(alpha), linestyle=style)
     for ax, what in ((losses, "loss"), (accuracies, "accuracy")):
-        ax.set(xscale="symlog", xlim=(1, None), xlabel="iteration", ylabel=what)
+        ax.set(xscale="symlog", xlabel="iteration", ylabel=what)
         common.legend_below(ax, runs, styles)
     common.save_figure(figure, o.out, "noisy_curves")
 

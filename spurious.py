@@ -12,6 +12,13 @@ The claim: at an equal training loss, the rich network (alpha = 1) leans on the 
 A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For either label the cell with the larger share
 of the training set goes *with* the correlation, the other *against* it. (In CelebA women are the majority of the blond
 and, at 52 %, of the others, so with is women and against is men, which is how the paper draws it.)
+
+--quick takes 50 seconds on two CPU cores (AMD EPYC, 2026-11-25); dominoes with --subset 4000 --width 32 --epochs 16
+--stop-loss 0.2 --seeds 0 1 2 about 9 minutes; not timed on a GPU. --quick ends with
+
+    At equal mean training loss 0.208 the loss against the correlation is above that with it by 1.910 at alpha = 1 and
+    1.235 at alpha = 100, paired difference 0.675 [0.087, 1.263] (3): the rich network leans on the spurious attribute
+    more, as in the paper.
 """
 import contextlib
 import csv
@@ -489,7 +496,7 @@ def draw(o, runs):
         common.draw_band(time, seeds, "iteration", "with_loss", np.interp, color=colour, linestyle="--")
     worst.set(title="Worst test cell", xlabel="mean training loss (training: to the right)", ylabel="accuracy")
     worst.invert_xaxis()
-    time.set(title="Against iterations: no fair comparison", xscale="symlog", xlim=(1, None), xlabel="iteration", ylabel="loss")
+    time.set(title="Against iterations: no fair comparison", xscale="symlog", xlabel="iteration", ylabel="loss")
     common.legend_below(worst, runs, {})
     common.legend_below(time, runs, {f"cells {minor} the correlation": "-", f"cells {major} it": "--"})
     common.save_figure(figure, o.out, "spurious_curves")

@@ -124,7 +124,6 @@ def claims():
     return {
         "Toy: test loss in the discs (hard), α = 1 minus 100, at training loss .5, .4, .3": [number(pair(toy, "1 - 100", l, "inside_loss"), 3) for l in ("0.5", "0.4", "0.3")],
         "Toy: the same outside (easy)": [number(pair(toy, "1 - 100", l, "outside_loss"), 3) for l in ("0.5", "0.4", "0.3")],
-        "Toy: median iterations, α = 1, to .5, .3, .1": steps("1", "0.5", "0.3", "0.1"),
         "Toy: median iterations, α = 100, to .6, .5, .4": steps("100", "0.6", "0.5", "0.4"),
         "C-scores: deciles 1, 3, 8, 10, α = 1, at mean loss .5 ¹": deciles("1", "0.5"),
         "C-scores: the same at 1.0, α = 1 ¹": deciles("1", "1"),
