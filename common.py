@@ -1096,7 +1096,7 @@ def run_folder(o, folder, images, theta0):
     args["run"]["theta0_crc32"] = crc32(theta0)
     with naming_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "args.json").exists():
+    if (folder / "args.json").exists() or (folder / "log.jsonl").exists():
         compare(read_args(folder), args["run"], folder)
     else:
         write_atomically(folder / "args.json", json_line(args))

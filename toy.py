@@ -8,7 +8,7 @@
 The claim: at equal training loss the rich network (alpha = 1) has a larger loss than the lazy one (alpha =
 100) inside the two discs, the hard examples, and a smaller one outside, on the easy ones.
 
-The paper's figure takes TOYT on two CPU cores (AMD EPYC, 2026-11-25); not timed on a GPU. It ends with
+The paper's figure took 5 minutes 9 seconds on one of two busy CPU cores (AMD EPYC, 2026-11-25); not timed on a GPU. It ends with
 
     At equal training loss 0.4 the test loss of the rich networks (alpha = 1) is 0.131 [0.115, 0.147] higher
     in the discs and 0.046 [0.042, 0.050] lower outside than that of the lazy ones (alpha = 100; 100 runs):
