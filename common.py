@@ -761,15 +761,15 @@ def synthetic(n_train=1200, n_test=400, classes=10, size=32):
                 waves.append(np.cos(2 * np.pi * (u * grid[:, None] + v * grid) + phase))
     waves = np.stack(waves)
 
-    def smooth(n):
+    def smooth_patterns(n):
         return np.einsum("kwc,whv->khvc", rng.normal(size=(n, 16, 3)), waves) / 4  # (n, size, size, 3)
 
-    pattern = smooth(classes)
+    pattern = smooth_patterns(classes)
     images = {}
     for split, n in (("train", n_train), ("test", n_test)):
         y = rng.permutation(np.arange(n) % classes)
         d = rng.uniform(0, .9, (n, 1, 1, 1))
-        x = (1 - d) * pattern[y] + d * smooth(n) + 1.4 * rng.normal(size=(n, size, size, 3))
+        x = (1 - d) * pattern[y] + d * smooth_patterns(n) + 1.4 * rng.normal(size=(n, size, size, 3))
         images[f"x_{split}"] = (128 + 40 * x).clip(0, 255).astype(np.uint8)
         images[f"y_{split}"], images[f"score_{split}"] = y, 1 - d.ravel()
     return images
