@@ -1341,20 +1341,29 @@ def summarise(runs, quantities, levels, on="mean_train_loss"):
     Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}, "linearity": {...}}}, "paired":
     {"1 - 100": {"levels": {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
     """
-    values, linear = {}, {}  # alpha -> seed -> level -> name -> number or None
+    def read(records):
+        columns = curve(records)
+        return readings(quantities(columns), levels, columns[on])
+
+    def linear(records):
+        columns = curve(records)
+        rows = readings({key: columns[key] for key in LINEARITY}, levels, columns[on])
+        return {**rows, "end": {key: records[-1].get(key) for key in LINEARITY}}
+
+    summary, linearity = over_seeds(runs, read), over_seeds(runs, linear)
+    for alpha in summary["alphas"]:
+        summary["alphas"][alpha]["linearity"] = linearity["alphas"][alpha]["levels"]
+    return summary
+
+
+def over_seeds(runs, read):
+    """What read(records) -> {level: {name: number or None}} finds, per alpha over seeds and paired by seed: summarise."""
+    found, summary = {}, {"alphas": {}, "paired": {}}
     for alpha, seeds in runs.items():
-        values[alpha], linear[alpha] = {}, {}
-        for seed, records in seeds.items():
-            columns = curve(records)
-            values[alpha][seed] = readings(quantities(columns), levels, columns[on])
-            linear[alpha][seed] = readings({key: columns[key] for key in LINEARITY}, levels, columns[on])
-            linear[alpha][seed]["end"] = {key: records[-1].get(key) for key in LINEARITY}
-    summary = {"alphas": {}, "paired": {}}
-    for alpha in runs:
-        summary["alphas"][f"{alpha:g}"] = {"levels": table(list(values[alpha].values())),
-                                           "linearity": table(list(linear[alpha].values()))}
+        found[alpha] = {seed: read(records) for seed, records in seeds.items()}
+        summary["alphas"][f"{alpha:g}"] = {"levels": table(list(found[alpha].values()))}
     for a, b in itertools.combinations(runs, 2):
-        differences = [subtract(values[a][seed], values[b][seed]) for seed in runs[a] if seed in runs[b]]
+        differences = [subtract(found[a][seed], found[b][seed]) for seed in runs[a] if seed in runs[b]]
         summary["paired"][f"{a:g} - {b:g}"] = {"levels": table(differences, interval=True)}
     return summary
 
@@ -1385,10 +1394,6 @@ def subtract(one, other):
 
 def minus(a, b):
     return None if a is None or b is None else a - b
-
-
-def pairs_of(runs):
-    return [(alpha, seed) for alpha, seeds in runs.items() for seed in seeds]
 
 
 def sentence(runs, summary, name, opening, larger, smaller):
@@ -1447,7 +1452,9 @@ def print_claim(title, summary, name):
         columns.append(f"{alpha} - {largest}, paired")
         for level, row in summary["paired"][f"{alpha} - {largest}"]["levels"].items():
             rows[level][columns[-1]] = row.get(name)
-    print_table(title, dict(sorted(rows.items(), key=lambda row: -float(row[0]))), columns)
+    end = rows.pop("end", None)
+    rows = dict(sorted(rows.items(), key=lambda row: -float(row[0])))
+    print_table(title, {**rows, "end": end} if end else rows, columns)
 
 
 def cell(value):
@@ -1497,13 +1504,13 @@ def draw_band(ax, seeds, x, y, read=value_at, **style):
         ax.fill_between(middle, least, most, color=style["color"], alpha=.18, linewidth=0)
 
 
-def draw_linearity(similarity, error, runs, x, read=value_at):
+def draw_linearity(similarity, error, runs, x):
     """Two panels against x: the similarities to initialisation on [0, 1], and how far f^a is from its linearisation."""
     styles = {"sign_similarity": "-", "repr_alignment": "--", "ntk_alignment": ":"}
     for alpha, seeds in runs.items():
         for key, style in styles.items():
-            draw_band(similarity, seeds, x, key, read, color=colour(alpha), linestyle=style)
-        draw_band(error, seeds, x, "linearisation_error", read, color=colour(alpha))
+            draw_band(similarity, seeds, x, key, color=colour(alpha), linestyle=style)
+        draw_band(error, seeds, x, "linearisation_error", color=colour(alpha))
     similarity.set(ylim=(0, 1.03), title="Similarity to initialisation")
     error.set(ylim=(0, None), title="Distance from its own linearisation")
     names = {"ReLU signs": "-", "representation": "--", "NTK": ":"}
@@ -1689,8 +1696,10 @@ def sweep(o, load, run, conclude, draw):
     del there["run"]["theta0_crc32"]  # a seed's own
     summary = conclude(o, runs)
     summary["options"] = {"script": o.script, "dataset": o.dataset, "levels": o.levels, **there["run"]}
-    diverged = [pair for pair in pairs_of(runs) if runs[pair[0]][pair[1]][-1].get("ended") == "diverged"]
-    summary["diverged"] = [f"alpha={alpha:g}_seed={seed}" for alpha, seed in diverged]
+    summary["diverged"] = []
+    for alpha, seeds in runs.items():
+        diverged = [seed for seed, records in seeds.items() if records[-1].get("ended") == "diverged"]
+        summary["diverged"] += [f"alpha={alpha:g}_seed={seed}" for seed in diverged]
     write_atomically(pathlib.Path(o.out) / "summary.json", json_line(summary))
     draw(o, runs)
     print(f"\nwrote {o.out}/summary.json and the pictures beside it\n\n{summary['conclusion']}")

@@ -23,7 +23,6 @@ and, at 52 %, of the others, so with is women and against is men, which is how t
 import contextlib
 import csv
 import gzip
-import itertools
 import os
 import pathlib
 import shutil
@@ -70,8 +69,8 @@ def loss_of(f, y):
 
 
 def load(o):
-    """The data set that --dataset names as a dict: x_train uint8 (N, H, W, C), y_train and attribute_train (N,) of 0 and 1, the same for test;
-    mean and std per channel. celeba and waterbirds: each x_ is a Files; celeba: also x_pool and so on.
+    """The data set that --dataset names as a dict: x_train uint8 (N, H, W, C), y_train and attribute_train (N,) of 0 and
+    1, the same for test; mean and std per channel. celeba and waterbirds: each x_ is a Files; celeba: also x_pool etc.
     ValueError or OSError: one line that says what is wrong and what to do."""
     data_dir = pathlib.Path(os.path.abspath(o.data_dir))
     if o.dataset == "celeba":
@@ -425,7 +424,7 @@ def conclude(o, runs):
     print("\nwith, against: the cells with and against the correlation")
     common.print_claim("Gap, loss of the cells against minus loss of those with, at equal mean training loss", summary, "gap")
     common.print_claim("Accuracy of the worst test cell at equal mean training loss", summary, "worst_test_acc")
-    summary["at_equal_accuracy"] = at_equal_accuracy(o, runs)
+    summary["at_equal_accuracy"] = at_equal_accuracy(runs)
     summary["conclusion"] = common.sentence(
         runs, summary, "gap", "At equal mean training loss {level} the loss against the correlation is above that with it by",
         "the rich network leans on the spurious attribute more, as in the paper",
@@ -433,36 +432,22 @@ def conclude(o, runs):
     return summary
 
 
-def at_equal_accuracy(o, runs):
-    """The paper's readings: accuracy against the correlation where that with it passes a level, on training and on test
-    images; test accuracy at a training accuracy; the end. Per alpha over seeds, and paired by seed."""
-    values = {}
-    for alpha, seed in common.pairs_of(runs):
-        curve, last = common.curve(runs[alpha][seed]), runs[alpha][seed][-1]
-        row = values[alpha, seed] = {}
-        for level in (.8, .9, .95):
-            for start in ("", "test_"):
-                row[f"{start}against at {start}with {level}"] = common.value_at_accuracy(
-                    level, curve[f"{start}with_acc"], curve[f"{start}against_acc"])
-        level = .85 if o.dataset == "celeba" else .9
-        row[f"test at train {level}"] = common.value_at_accuracy(level, curve["mean_train_acc"], curve["test_acc"])
-        row["against at the end"] = row["test at the end"] = None
-        if last.get("ended") != "diverged":
-            row["against at the end"], row["test at the end"] = last["against_acc"], last["test_acc"]
-    names, table = list(row), {"alphas": {}, "paired": {}}
-    for alpha, seeds in runs.items():
-        table["alphas"][f"{alpha:g}"] = {name: common.spread([values[alpha, s][name] for s in seeds]) for name in names}
-    for a, b in itertools.combinations(runs, 2):
-        both = [seed for seed in runs[a] if seed in runs[b]]
-        row = table["paired"][f"{a:g} - {b:g}"] = {}
-        for name in names:
-            row[name] = common.spread([common.minus(values[a, s][name], values[b, s][name]) for s in both], interval=True)
-    largest = f"{max(runs):g}"
-    shown = {**{f"alpha = {a}": row for a, row in table["alphas"].items()},
-             **{pair: row for pair, row in table["paired"].items() if pair.endswith(f" - {largest}")}}
-    rows = {name: {column: row[name] for column, row in shown.items()} for name in names}
-    common.print_table("Accuracy at equal accuracy", rows, list(shown))
-    return table
+def at_equal_accuracy(runs):
+    """The paper's readings: accuracy against the correlation where that with it first passes a level, on training and on
+    test images; test accuracy where training accuracy does; and the end. Per alpha over seeds, and paired by seed."""
+    readings = {"with_acc": "against_acc", "test_with_acc": "test_against_acc", "mean_train_acc": "test_acc"}
+
+    def read(records):
+        curve, last, rows = common.curve(records), records[-1], {}
+        for level in (.8, .85, .9, .95):
+            rows[f"{level:g}"] = {name: common.value_at_accuracy(level, curve[on], curve[name]) for on, name in readings.items()}
+        rows["end"] = {name: last[name] if last.get("ended") != "diverged" else None for name in readings.values()}
+        return rows
+
+    summary = common.over_seeds(runs, read)
+    for on, name in readings.items():
+        common.print_claim(f"{name} where {on} passes a level", summary, name)
+    return summary
 
 
 def draw(o, runs):

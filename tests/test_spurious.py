@@ -137,7 +137,9 @@ def test_files_and_keys(tiny, tmp_path):
     summary = strict((out / "summary.json").read_text())
     assert set(summary) >= {"options", "alphas", "paired", "at_equal_accuracy", "diverged"}
     assert "1 - 100" in summary["paired"]
-    assert set(summary["at_equal_accuracy"]["alphas"]["1"]) == set(summary["at_equal_accuracy"]["paired"]["1 - 100"])
+    at_equal = summary["at_equal_accuracy"]
+    for part in (at_equal["alphas"]["1"], at_equal["alphas"]["100"], at_equal["paired"]["1 - 100"]):
+        assert set(part["levels"]["end"]) == {"against_acc", "test_against_acc", "test_acc"}
     from PIL import Image
     picture = np.asarray(Image.open(out / "spurious.png").convert("RGBA"))
     assert (picture[..., 3] == 255).all() and (picture[[0, -1]] == 255).all() and (picture[:, [0, -1]] == 255).all()
