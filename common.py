@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import pathlib
 import signal
@@ -106,7 +107,7 @@ class LinearizedModel(nn.Module):
     """The lazy limit, a = inf: f(x) = grad f_theta0(x) . delta, trained in delta from 0 (paper, eq. 2).
 
     delta stands for a (theta - theta0), which stays finite as a grows. The directional derivative is exact:
-    one forward-mode pass, about 1.7 times the cost of an ordinary training step.
+    one forward-mode pass, about 1.5 times the cost of an ordinary training step.
 
     forward(x, f0=None): x (N, ...) -> (N, C); f0 is accepted for the sake of one interface and not needed.
     Raises ValueError: a random model, see check_deterministic.
@@ -567,9 +568,15 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """See resnet18."""
+    """torchvision's ResNet18 layout, batch norm removed and a bias on every convolution: the paper's CIFAR network.
 
-    def __init__(self, num_classes, in_channels, width):
+    He-normal (fan-out) convolutions, torch's default biases and last layer; 11.18 M parameters at width 64, 10 classes.
+    """
+    # What this network is on 32 x 32 images: the stem leaves 8 x 8 positions, layer2 4 x 4, layer3 2 x 2, and layer4
+    # works on a single one. There a 3 x 3 convolution sees padding on all sides but its centre, so 8 of its 9 taps
+    # (5 of 9 in the first) never receive a gradient: 6.95 M of the 11.18 M parameters cannot move.
+
+    def __init__(self, num_classes, in_channels=3, width=64):
         super().__init__()
 
         def stage(inputs, outputs, stride):
@@ -591,15 +598,7 @@ class ResNet18(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def resnet18(num_classes, in_channels=3, width=64):
-    """torchvision's ResNet18 layout, batch norm removed and a bias on every convolution: the paper's CIFAR network.
-
-    He-normal (fan-out) convolutions, torch's default biases and last layer; 11.18 M parameters at width 64, 10 classes.
-    """
-    # What this network is on 32 x 32 images: the stem leaves 8 x 8 positions, layer2 4 x 4, layer3 2 x 2, and layer4
-    # works on a single one. There a 3 x 3 convolution sees padding on all sides but its centre, so 8 of its 9 taps
-    # (5 of 9 in the first) never receive a gradient: 6.95 M of the 11.18 M parameters cannot move.
-    return ResNet18(num_classes, in_channels, width)
+resnet18 = ResNet18  # as torchvision calls it
 
 
 class Standardise(nn.Module):
@@ -618,7 +617,7 @@ class Standardise(nn.Module):
 def seeded(what, seed):
     """Inside the block, layers are initialised from a seed of their own, in float32 on the CPU; afterwards torch's
     global generator, default dtype and default device are what they were."""
-    with one_thread, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         torch.default_generator.manual_seed(generator(what, seed).initial_seed())
@@ -626,9 +625,6 @@ def seeded(what, seed):
             yield
         finally:
             torch.set_default_dtype(dtype)
-
-
-one_thread = threading.RLock()  # torch's global generator and its forward mode serve one thread at a time
 
 
 def generator(what, seed):
@@ -673,14 +669,22 @@ def cifar10(data_dir):
     """The paper's split: the first 40,000 CIFAR-10 training images train, the last 10,000 *training* images test."""
     import torchvision
     source = torchvision.datasets.CIFAR10
-    try:
+    with fetching("CIFAR-10", source.url, source.filename, os.path.abspath(data_dir)):
         train = source(data_dir, train=True, download=True)
-    except (OSError, RuntimeError) as e:  # torchvision reports a bad checksum as RuntimeError
-        raise OSError(f"CIFAR-10 could not be fetched from {source.url} ({first_line(e)}). Put {source.filename} into "
-                      f"{os.path.abspath(data_dir)} by hand, or try --dataset synthetic") from None
     x, y = train.data, np.array(train.targets)
     return {"x_train": x[:40000], "y_train": y[:40000], "x_test": x[40000:], "y_test": y[40000:],
             "mean": [.4914, .4822, .4465], "std": [.2023, .1994, .2010]}
+
+
+@contextlib.contextmanager
+def fetching(what, address, files, folder, instead=""):
+    """Around a download: what fails in it becomes one line with the address, the reason and the ways out."""
+    try:
+        yield
+    except Exception as error:  # no network, a quota, a wrong checksum, damaged bytes raise nearly anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise OSError(f"{what} could not be had from {address} ({reason}). Put {files} into {folder} by "
+                      f"hand, over what is there, or try {instead}--dataset synthetic (offline)") from None
 
 
 def read_npz(path):
@@ -734,7 +738,7 @@ def check_images(images, path):
         print(f"warning: {path}: images have {x.shape[3]} channels; the channels come last")
     for name in images.keys() & {"score_train", "score_test", "attribute_train", "attribute_test", "mean", "std"}:
         values, what = images[name], name.split("_")[0]
-        wanted = {"score": "finite numbers", "attribute": "0 or 1", "mean": "finite numbers", "std": "numbers above 0"}[what]
+        wanted = {"attribute": "0 or 1", "std": "numbers above 0"}.get(what, "finite numbers")
         count = x.shape[3] if what in ("mean", "std") else len(checked[name.replace(what, "y")])
         good = values.dtype.kind in "biuf" and values.shape == (count,) and np.isfinite(values).all()
         if good and what == "attribute":
@@ -869,7 +873,7 @@ class Run:
             return
         if not self.records:
             self.save()
-        progress, saved = Progress(self.folder.name, self.total, self.iteration), time.monotonic()
+        progress, saved = Progress(self.folder.name, self.total), time.monotonic()
         begin, shuffled = time.monotonic() - self.seconds, None
         while True:
             self.seconds = time.monotonic() - begin
@@ -886,7 +890,8 @@ class Run:
                 shuffled = epoch
             yield order[k * o.batch_size:(k + 1) * o.batch_size]
             self.iteration += 1
-            progress.status(self.iteration, f"iteration {self.iteration}  loss {self.records[-1]['mean_train_loss']:.4f}")
+            loss = self.records[-1]["mean_train_loss"]
+            progress.status(self.iteration, f"iteration {self.iteration}  loss {loss:.4f}")
         self.save()
         noise = [record.get("update_noise") or 0.0 for record in self.records if "update_noise" in record]
         if noise and np.median(noise) > .02:
@@ -918,7 +923,7 @@ class Run:
         where = f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}"
         progress.status(self.iteration, "  ".join([where, *shown]), every=0)
         if ended == "diverged":
-            progress.line(f"diverged at iteration {self.iteration} (its loss is not a finite number): try a smaller --lr")
+            progress.line(f"diverged at iteration {self.iteration} (its loss is no finite number): try a smaller --lr")
 
     def save(self):
         buffer = io.BytesIO()
@@ -936,8 +941,8 @@ class Run:
             for mine, saved in zip(self.tensors, state["tensors"], strict=True):
                 mine.copy_(saved)
         except Exception as e:  # damaged bytes make zipfile and torch raise nearly anything
-            raise ValueError(f"{path} cannot be read ({first_line(e)[:100]}): choose another --out, or delete the folder "
-                             f"{self.folder}") from None
+            raise ValueError(f"{path} cannot be read ({first_line(e)[:100]}): choose another --out, or delete the "
+                             f"folder {self.folder}") from None
         if not finished(self.records, self.o):  # what was probed here is probed again, if it is on the schedule
             self.records = [record for record in self.records if record["iteration"] < self.iteration]
         write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
@@ -974,17 +979,12 @@ class Linearity:
             model = copy.deepcopy(f.model0)
             for name, p in model.named_parameters():
                 p.requires_grad_(name in f.names)
-        with one_thread:
-            self.start = self.measure(model)
+        self.start = self.measure(model)
 
     def measure(self, model):
         return empirical_ntk(model, self.x), relu_signs(model, self.x), representation(model, self.x)
 
     def __call__(self):
-        with one_thread:
-            return self.compare()
-
-    def compare(self):
         (K, signs, R), (K0, signs0, R0) = self.start, self.start
         if self.f.alpha < math.inf:
             K, signs, R = self.measure(self.f.model)
@@ -1054,13 +1054,15 @@ class Progress:
 
     quiet = False  # in a child of --jobs, whose parent has the status line
 
-    def __init__(self, name, total, done=0):
-        self.name, self.total, self.first, self.terminal = name, total, done, sys.stdout.isatty()
+    def __init__(self, name, total):
+        self.name, self.total, self.first, self.terminal = name, total, None, sys.stdout.isatty()
         self.begin = self.shown = time.monotonic()
 
     def status(self, done, text, every=10.0):
         """Say how far it is, if that is due: five times a second on a terminal, else `every` so many seconds."""
         now = time.monotonic()
+        if self.first is None:
+            self.first = done  # a run that goes on does not begin at 0
         if now - self.shown < (.2 if self.terminal else every) or (self.terminal and self.quiet):
             return
         left, self.shown = "", now
@@ -1087,7 +1089,7 @@ def identity(o, images):
            "data_crc32": crc32([np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray))])}
     return {"run": run, "script_crc32": o.script_crc32, "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0],
-            "device": str(o.device), "threads": torch.get_num_threads()}
+            "device": str(o.device), "threads": 1 if o.script == "toy" else torch.get_num_threads()}
 
 
 def run_folder(o, folder, images, theta0):
@@ -1104,7 +1106,7 @@ def run_folder(o, folder, images, theta0):
 
 
 def check_folder(o, images):
-    """Compare what would be trained with every run in --out. ValueError: there is another; a warning: another script."""
+    """Compare what would be trained with every run in --out. ValueError: there is another; warning: another script."""
     args, others = identity(o, images), []
     for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
         there = read_args(path.parent)
@@ -1178,14 +1180,8 @@ def read_runs(folder):
 
 def json_line(entry):
     """Strict JSON, a line: numbers that are not finite become null."""
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return (json.dumps(strict(entry), allow_nan=False) + "\n").encode()
+    finite = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # name: NaN, Infinity or -Infinity
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()
 
 
 def write_atomically(path, data):
@@ -1249,8 +1245,8 @@ def smooth(values):
 def curve(records):
     """A run's records as {key: array (n,)}, smoothed along the run; what every fifth probe measures is nan between.
 
-    The record at the end of the epochs is not on the schedule, and what follows a loss that is not finite means nothing:
-    both are left out."""
+    Left out: the record at the end of the epochs, which is not on the schedule, and all from a loss that is not finite
+    on."""
     finite = []
     for record in records:
         if record["mean_train_loss"] is None:
@@ -1260,12 +1256,9 @@ def curve(records):
     columns = {}
     for key in records[0]:
         if key not in LINEARITY and key != "ended":
-            columns[key] = smooth([r[key] if r[key] is not None else math.nan for r in finite])
-    for key in ("iteration", "epoch"):
-        columns[key] = np.array([r[key] for r in finite[:-2]], float)
-    for key in LINEARITY:
-        measured = [r.get(key) for r in finite[:-2]]
-        columns[key] = np.array([math.nan if value is None else value for value in measured])
+            columns[key] = smooth([r[key] for r in finite])  # numpy makes nan of None
+    for key in ("iteration", "epoch", *LINEARITY):
+        columns[key] = np.array([r.get(key) for r in finite[:-2]], float)
     return columns
 
 
@@ -1317,7 +1310,7 @@ def spread(values, interval=False):
 
 
 def student_t(freedom):
-    """The .975 quantile of Student's t, from a table; beyond it 1.96 + 2.4 / freedom, right to .003."""
+    """The .975 quantile of Student's t, from a table; beyond it 1.96 + 2.4 / freedom, right to .006."""
     table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
              2.120, 2.110, 2.101, 2.093, 2.086]
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
@@ -1350,14 +1343,14 @@ def summarise(runs, quantities, levels, on="mean_train_loss"):
         rows = readings({key: columns[key] for key in LINEARITY}, levels, columns[on])
         return {**rows, "end": {key: records[-1].get(key) for key in LINEARITY}}
 
-    summary, linearity = over_seeds(runs, read), over_seeds(runs, linear)
-    for alpha in summary["alphas"]:
-        summary["alphas"][alpha]["linearity"] = linearity["alphas"][alpha]["levels"]
+    summary = over_seeds(runs, read)
+    for alpha, seeds in runs.items():
+        summary["alphas"][f"{alpha:g}"]["linearity"] = table([linear(records) for records in seeds.values()])
     return summary
 
 
 def over_seeds(runs, read):
-    """What read(records) -> {level: {name: number or None}} finds, per alpha over seeds and paired by seed: summarise."""
+    """What read(records) -> {level: {name: number or None}} finds, per alpha over seeds and paired by seed."""
     found, summary = {}, {"alphas": {}, "paired": {}}
     for alpha, seeds in runs.items():
         found[alpha] = {seed: read(records) for seed, records in seeds.items()}
@@ -1389,7 +1382,10 @@ def table(cells, interval=False):
 
 def subtract(one, other):
     """The differences of two {level: {name: number or None}}."""
-    return {level: {name: minus(value, other[level][name]) for name, value in row.items()} for level, row in one.items()}
+    rows = {}
+    for level, row in one.items():
+        rows[level] = {name: minus(value, other[level][name]) for name, value in row.items()}
+    return rows
 
 
 def minus(a, b):
@@ -1484,13 +1480,17 @@ def alpha_label(alpha):
 def draw_band(ax, seeds, x, y, read=value_at, **style):
     """Draw the smoothed y against the smoothed x for the runs {seed: records} of one alpha: one run as its curve, its
     single probes faint behind it; several as mean and range, read at equal x as the tables are."""
-    curves = [curve(records) for records in seeds.values()]
-    curves = [columns for columns in curves if len(columns[x]) > 1]
+    curves = []
+    for records in seeds.values():
+        columns = curve(records)
+        if len(columns[x]) > 1:
+            curves.append(columns)
+            drawn = records
     if len(curves) == 1:
         measured = np.isfinite(curves[0][y])
         ax.plot(curves[0][x][measured], curves[0][y][measured], **style)
         if y not in LINEARITY:
-            probes = [(r[x], r[y]) for r in next(iter(seeds.values())) if None not in (r[x], r[y])]
+            probes = [(r[x], r[y]) for r in drawn if None not in (r[x], r[y])]
             ax.plot(*np.array(probes).T, ".", color=style["color"], markersize=2, alpha=.3)
     if len(curves) > 1:
         low, high = max(c[x].min() for c in curves), min(c[x].max() for c in curves)
@@ -1542,13 +1542,13 @@ def save_figure(figure, folder, name):
 # name: (group, default, bounds, help). Its type follows from the default; a type in its place means: none by default.
 # The options of the groups "training" and "looking" are part of what a run is.
 SHARED = {
-    "alpha": ("what to run", [1.0, 100.0], "above 0, at most inf", "a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
+    "alpha": ("what to run", [1.0, 100.0], "above 0, at most inf", "1 rich, 100 lazy, inf linear; f^a = a (f - f0)"),
     "seeds": ("what to run", [0], "at least 0, below 2147483648", "one run an alpha and seed"),
     "dataset": ("what to run", "cifar10", None, "cifar10, synthetic, or a file FILE.npz (see README.md)"),
     "epochs": ("what to run", 2500, "at least 1", "at most so many passes over the training set"),
     "stop_loss": ("what to run", .01, "at least 0", "end a run whose mean training loss, over five probes, is below"),
     "device": ("what to run", "auto", None, "auto, cpu, cuda, cuda:1"),
-    "jobs": ("what to run", 1, "at least 0", "runs side by side; 0, the command line's default: one a core, on a GPU 1"),
+    "jobs": ("what to run", 1, "at least 0", "runs side by side; 0, the command line's default: one a core, or a GPU"),
     "quick": ("what to run", False, None, "a demonstration in under a minute; explicit options win"),
     "draw_only": ("what to run", False, None, "conclude from the records at hand and draw them; train nothing"),
     "lr": ("training", .01, "above 0", "learning rate, before the division by alpha^2"),
@@ -1636,14 +1636,12 @@ def checked(flag, value, default, bounds):
 
 def within(number, bounds):
     """Whether a number keeps to bounds such as "above 0, at most 1"; infinite only where they name inf."""
-    if math.isnan(number) or (math.isinf(number) and "inf" not in bounds):
+    holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+    if number == math.inf and "inf" not in bounds:
         return False
     for bound in bounds.split(", "):
         word, limit = bound.rsplit(" ", 1)
-        limit = float(limit)
-        if word in ("at least", "above") and number < limit or word in ("at most", "below") and number > limit:
-            return False
-        if word in ("above", "below") and number == limit:
+        if not holds[word](number, float(limit)):  # nan holds nowhere
             return False
     return True
 
@@ -1657,15 +1655,13 @@ def near(word, names):
 def device_named(name):
     """auto, cpu, cuda or cuda:N as a torch.device; under torchrun auto is LOCAL_RANK's. Does not start CUDA."""
     count = torch.cuda.device_count()
+    there = ["cpu"]  # no mps: the measures need float64
+    if count:
+        there += ["cuda"] + [f"cuda:{k}" for k in range(count)]
     if name == "auto":
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if count else "cpu")
-    kind, _, index = name.partition(":")
-    if kind == "gpu":
-        raise ValueError(f"--device {name}: did you mean cuda?")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):  # the measures need float64, which mps has not
-        raise ValueError(f"--device {name}: {near(name, ['auto', 'cpu', 'cuda', 'cuda:1'])}")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise ValueError(f"--device {name}: torch sees {count} CUDA devices here; --device cpu works everywhere")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if count else "cpu"
+    if name not in there:
+        raise ValueError(f"--device {name}: here there are auto, {', '.join(there)}")
     return torch.device(name)
 
 
@@ -1680,8 +1676,8 @@ def sweep(o, load, run, conclude, draw):
         missing = [pair for pair in share_of_rank(pairs) if not finished(read_log(folder_of(o, *pair)), o)]
         for folder in [folder_of(o, *pair) for pair in missing]:
             if read_log(folder) and not (folder / "checkpoint.pt").exists():
-                raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go on: "
-                                 "choose another --out, or delete that folder")
+                raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go "
+                                 "on: choose another --out, or delete that folder")
         mine = images if jobs_of(o, missing) == 1 else None  # a child of --jobs loads its own
         work = functools.partial(run_here, load, run, mine, o)
         progress = Progress("sweep", o.epochs * len(missing))
@@ -1735,7 +1731,7 @@ def watch(o, pairs, progress):
 
 def jobs_of(o, tasks):
     """How many processes: --jobs, or for 0 as many as there are cores and tasks; on a GPU 1."""
-    jobs = o.jobs or (1 if o.device.type == "cuda" else cores())
+    jobs = o.jobs or (1 if o.device.type == "cuda" or "WORLD_SIZE" in os.environ else cores())
     return max(1, min(jobs, len(tasks)))
 
 

@@ -179,7 +179,8 @@ def conclude(o, runs):
         part = summary["alphas"][f"{alpha:g}"]["half_way"] = {}
         for d in range(1, 11):
             part[f"decile_{d}"] = common.spread([half_way(records, f"decile_{d}_loss") for records in seeds.values()])
-        print(f"alpha = {alpha:<5g}" + "".join(f"{half['mean']:>7.2f}" if half else "      -" for half in part.values()))
+        shown = [f"{half['mean']:>7.2f}" if half else "      -" for half in part.values()]
+        print(f"alpha = {alpha:<5g}" + "".join(shown))
     summary["conclusion"] = common.sentence(
         runs, summary, "gap", "At equal mean training loss {level} the hardest decile's loss is above the easiest's by",
         "the rich network hastens to the easy examples, as in the paper",

@@ -101,8 +101,8 @@ def conclude(o, runs):
               f"{common.cell(best['at_clean_loss'])}")
     summary["conclusion"] = common.sentence(
         runs, at_clean, "noisy_loss", "At equal clean loss {level} the noisy loss is",
-        "the rich network has learnt the wrong labels less, as in the paper", "the rich network has learnt the wrong labels "
-        "more, against the paper")
+        "the rich network has learnt the wrong labels less, as in the paper",
+        "the rich network has learnt the wrong labels more, against the paper")
     return summary
 
 
@@ -125,12 +125,12 @@ def draw(o, runs):
     for alpha, seeds in runs.items():
         for key, style in styles.items():
             common.draw_band(left, seeds, "clean_loss", key, color=common.colour(alpha), linestyle=style)
-    left.set(title="Loss at equal clean loss", xlabel="loss of the clean examples (training goes to the right)", ylabel="loss")
+    left.set(title="Loss at equal clean loss", ylabel="loss")
     common.legend_below(left, runs, {"noisy examples": "-", "test": "--"})
     common.draw_linearity(middle, right, runs, "clean_loss")
     for ax in (left, middle, right):
         ax.invert_xaxis()
-        ax.set_xlabel("loss of the clean examples")
+        ax.set_xlabel("loss of the clean examples (training: to the right)")
     common.save_figure(figure, o.out, "noisy")
 
     figure = Figure(figsize=(8.3, 4.4), layout="constrained")

@@ -20,7 +20,6 @@ and, at 52 %, of the others, so with is women and against is men, which is how t
     1.235 at alpha = 100, paired difference 0.675 [0.087, 1.263] (3): the rich network leans on the spurious attribute
     more, as in the paper.
 """
-import contextlib
 import csv
 import gzip
 import os
@@ -38,14 +37,14 @@ import common
 
 OPTIONS = {
     "dataset": ("what to run", "celeba", None, "celeba, waterbirds, dominoes, synthetic, or a file FILE.npz"),
-    "alpha": ("what to run", [.5, 1.0, 100.0], "above 0, at most inf", "a in f^a = a (f - f0): 1 rich, 100 lazy, inf linear"),
+    "alpha": ("what to run", [.5, 1.0, 100.0], "above 0, at most inf", "1 rich, 100 lazy, inf linear; f^a = a (f - f0)"),
     "epochs": ("what to run", 750, "at least 1", "at most so many passes over the training set"),
     "lr": ("training", float, "above 0", "learning rate before the division by alpha^2 (default .01; pretrained .001; "
            "dominoes .002)"),
     "batch_size": ("training", 100, "at least 1", "examples a step"),
     "from_scratch": ("training", False, None, "waterbirds: CelebA's network instead of the ImageNet-pretrained one"),
-    "digits": ("training", [7, 9], "at least 0, at most 9", "dominoes: the two digits; 0 and 1 are the easier, published pair"),
-    "agree": ("training", .95, "above 0.5, below 1", "dominoes: share of the training images whose digit tells the label"),
+    "digits": ("training", [7, 9], "at least 0, at most 9", "dominoes: two digits; published with 0 and 1, far easier"),
+    "agree": ("training", .95, "above 0.5, below 1", "dominoes: share of training images whose digit tells the label"),
     "group_size": ("looking", 150, "at least 1", "examples of a cell that a probe evaluates"),
 }
 QUICK = dict(dataset="synthetic", alpha=[1.0, 100.0], seeds=[0, 1, 2], epochs=20, width=16, lr=.0005, batch_size=25,
@@ -69,8 +68,8 @@ def loss_of(f, y):
 
 
 def load(o):
-    """The data set that --dataset names as a dict: x_train uint8 (N, H, W, C), y_train and attribute_train (N,) of 0 and
-    1, the same for test; mean and std per channel. celeba and waterbirds: each x_ is a Files; celeba: also x_pool etc.
+    """The data set that --dataset names as a dict: x_train uint8 (N, H, W, C), y_train and attribute_train (N,) of 0
+    and 1, the same for test; mean and std per channel. celeba and waterbirds: x_ are Files; celeba: also x_pool etc.
     ValueError or OSError: one line that says what is wrong and what to do."""
     data_dir = pathlib.Path(os.path.abspath(o.data_dir))
     if o.dataset == "celeba":
@@ -87,6 +86,16 @@ def load(o):
     images = common.load_images(o.dataset)
     if not {"attribute_train", "attribute_test"} <= set(images) or images["y_train"].max() > 1:
         raise ValueError(f"{o.dataset}: needs labels 0 and 1, and attribute_train and attribute_test likewise")
+    return images
+
+
+def load_with_cells(o):
+    """load; an empty training cell of any seed is refused before the first run trains."""
+    images = load(o)
+    for seed in o.seeds:
+        if "x_pool" not in images:
+            keep = common.training_indices(images, seed, o)
+            need_cells(images["y_train"][keep], images["attribute_train"][keep], "training")
     return images
 
 
@@ -152,26 +161,15 @@ def mnist_on_cifar(data_dir, digits, agree):
     archives = ", ".join(name for name, checksum in MNIST.resources)
     images = {}
     for seed, (split, share) in enumerate((("train", agree), ("test", .5))):
-        with fetching("MNIST", MNIST.mirrors[0], archives, data_dir / "MNIST" / "raw"):
+        with common.fetching("MNIST", MNIST.mirrors[0], archives, data_dir / "MNIST" / "raw"):
             mnist = MNIST(data_dir, train=split == "train", download=True)
-        with fetching("CIFAR-10", CIFAR10.url, CIFAR10.filename, data_dir):
+        with common.fetching("CIFAR-10", CIFAR10.url, CIFAR10.filename, data_dir):
             cifar = CIFAR10(data_dir, train=split == "train", download=True)
         above = [mnist.data[mnist.targets == digit].numpy() for digit in digits]
         below = [cifar.data[np.equal(cifar.targets, label)] for label in (AUTOMOBILE, TRUCK)]
         x, y, attribute = dominoes(above, below, seed, share)
         images[f"x_{split}"], images[f"y_{split}"], images[f"attribute_{split}"] = x, y, attribute
     return images
-
-
-@contextlib.contextmanager
-def fetching(what, address, files, folder, instead=""):
-    """Around a download: what fails in it becomes one line with the address, the reason and the ways out."""
-    try:
-        yield
-    except Exception as error:  # no network, a quota, a wrong checksum, damaged bytes raise nearly anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise OSError(f"{what} could not be had from {address} ({reason}). Put {files} into {folder} by "
-                      f"hand, over what is there, or try {instead}--dataset synthetic (offline)") from None
 
 
 class Files:
@@ -212,7 +210,7 @@ def celeba(data_dir):
     folder, jpegs = data_dir / "celeba", data_dir / "celeba" / "img_align_celeba"
     table, partition = folder / "list_attr_celeba.txt", folder / "list_eval_partition.txt"
     if not (table.exists() and partition.exists() and jpegs.exists()):
-        with fetching("CelebA", CELEBA, f"{table.name}, {partition.name}, {jpegs.name}/", folder, DOMINOES):
+        with common.fetching("CelebA", CELEBA, f"{table.name}, {partition.name}, {jpegs.name}/", folder, DOMINOES):
             datasets.CelebA(data_dir, download=True)
     try:  # the table: the number of images; the attributes' names; a line an image
         lines = [line.split() for line in table.read_text(errors="replace").splitlines()]
@@ -237,7 +235,7 @@ def waterbirds(data_dir):
     archive = data_dir / WATERBIRDS.split("/")[-1]
     folder = data_dir / archive.name.removesuffix(".tar.gz")
     if not folder.exists():
-        with fetching("Waterbirds", WATERBIRDS, archive.name, data_dir, DOMINOES):
+        with common.fetching("Waterbirds", WATERBIRDS, archive.name, data_dir, DOMINOES):
             fetch_waterbirds(archive, folder)
     table = folder / "metadata.csv"
     with open(table, newline="", errors="replace") as file:
@@ -278,18 +276,22 @@ def fetch_waterbirds(archive, folder):
 # The groups.
 
 
+def need_cells(y, attribute, where):
+    """Raise ValueError if a (label, attribute) has no example; where: "training" or "test"."""
+    for cell in CELLS:
+        if not ((y == int(cell[0])) & (attribute == int(cell[1]))).any():
+            raise ValueError(f"no {where} image has label {cell[0]} and attribute {cell[1]}: an empty cell")
+
+
 def choose_cells(y, attribute, group_size, seed, where):
-    """{"00": indices, ...}: up to group_size examples of each (label, attribute), drawn with the seed.
-    where: "training" or "test", for the line printed. Raises ValueError: a cell has none."""
+    """{"00": indices, ...}: up to group_size examples of each (label, attribute), drawn with the seed."""
+    need_cells(y, attribute, where)
     cells, counts = {}, []
     for cell in CELLS:
         members = np.flatnonzero((y == int(cell[0])) & (attribute == int(cell[1])))
         cells[cell] = common.draw_some(members, group_size, seed)
         counts.append(f"{cell} {len(cells[cell])} of {len(members)}")
     print(f"{where} cells: {', '.join(counts)}")
-    for cell in CELLS:
-        if len(cells[cell]) == 0:
-            raise ValueError(f"no {where} image has label {cell[0]} and attribute {cell[1]}: an empty cell")
     return cells
 
 
@@ -338,12 +340,9 @@ def network(o, images):
     if o.dataset == "celeba" or o.from_scratch:
         return nn.Sequential(standardise, resnet18(norm_layer=nn.Identity, num_classes=1))
     model, weights = resnet18(), ResNet18_Weights.IMAGENET1K_V1
-    try:
+    name, folder = weights.url.split("/")[-1], os.path.abspath(o.data_dir)
+    with common.fetching("The ImageNet weights", weights.url, name, folder, "--from-scratch (no batch norm) or "):
         model.load_state_dict(weights.get_state_dict(model_dir=o.data_dir, check_hash=True, weights_only=True))
-    except Exception as e:  # no network, a wrong checksum, or a damaged or different file
-        raise OSError(f"the ImageNet weights could not be had from {weights.url} ({common.first_line(e)}). Put "
-                      f"{weights.url.split('/')[-1]} into {os.path.abspath(o.data_dir)} by hand, or train the network "
-                      "without batch norm instead: --from-scratch") from None
     model.fc = nn.Linear(model.fc.in_features, 1)
     return nn.Sequential(standardise, model).eval()  # batch norm's statistics stay ImageNet's; its scales train
 
@@ -389,7 +388,8 @@ def run(alpha, seed, images, o):
                 record[f"{start}cell_{cell}_acc"] = ((f_cell[:, 0] > 0) == (y_cell > 0)).double().mean().item()
         return {**record, **averages(record, share, agree)}
 
-    test, some = watched["test_"], slice(None, None, max(1, len(watched["test_"]["y"]) // o.probe_examples))  # of each cell
+    test = watched["test_"]
+    some = slice(None, None, max(1, len(test["y"]) // o.probe_examples))  # of each cell
     linearity = common.Linearity(f, test["x"][some][:o.probe_examples], test["y"][some][:o.probe_examples])
     training = common.Run(o, seed, f, optimizer, images, len(y), linearity)
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
@@ -422,25 +422,29 @@ def conclude(o, runs):
     """Print a table a claim and return the summary."""
     summary = common.summarise(runs, quantities, common.loss_levels(runs, o.levels))
     print("\nwith, against: the cells with and against the correlation")
-    common.print_claim("Gap, loss of the cells against minus loss of those with, at equal mean training loss", summary, "gap")
+    common.print_claim("Gap, loss of the cells against minus loss of those with, at equal mean training loss",
+                       summary, "gap")
     common.print_claim("Accuracy of the worst test cell at equal mean training loss", summary, "worst_test_acc")
     summary["at_equal_accuracy"] = at_equal_accuracy(runs)
     summary["conclusion"] = common.sentence(
-        runs, summary, "gap", "At equal mean training loss {level} the loss against the correlation is above that with it by",
+        runs, summary, "gap",
+        "At equal mean training loss {level} the loss against the correlation is above that with it by",
         "the rich network leans on the spurious attribute more, as in the paper",
         "the rich network leans on the spurious attribute less, against the paper")
     return summary
 
 
 def at_equal_accuracy(runs):
-    """The paper's readings: accuracy against the correlation where that with it first passes a level, on training and on
-    test images; test accuracy where training accuracy does; and the end. Per alpha over seeds, and paired by seed."""
+    """The paper's readings: accuracy against the correlation where that with it first passes a level, on training and
+    on test images; test accuracy where training accuracy does; and the end. Over seeds, and paired by seed."""
     readings = {"with_acc": "against_acc", "test_with_acc": "test_against_acc", "mean_train_acc": "test_acc"}
 
     def read(records):
         curve, last, rows = common.curve(records), records[-1], {}
         for level in (.8, .85, .9, .95):
-            rows[f"{level:g}"] = {name: common.value_at_accuracy(level, curve[on], curve[name]) for on, name in readings.items()}
+            row = rows[f"{level:g}"] = {}
+            for on, name in readings.items():
+                row[name] = common.value_at_accuracy(level, curve[on], curve[name])
         rows["end"] = {name: last[name] if last.get("ended") != "diverged" else None for name in readings.values()}
         return rows
 
@@ -460,7 +464,8 @@ def draw(o, runs):
         common.draw_band(losses, seeds, "mean_train_loss", "against_loss", color=colour, linestyle="-")
         common.draw_band(losses, seeds, "mean_train_loss", "with_loss", color=colour, linestyle="--")
         for ax, start in ((train, ""), (test, "test_")):
-            common.draw_band(ax, seeds, f"{start}with_acc", f"{start}against_acc", common.value_at_accuracy, color=colour)
+            common.draw_band(ax, seeds, f"{start}with_acc", f"{start}against_acc", common.value_at_accuracy,
+                             color=colour)
     major, minor = ("women", "men") if o.dataset == "celeba" else ("with", "against")
     losses.set(title="Loss at equal training loss", xlabel="mean training loss (training: to the right)", ylabel="loss")
     losses.invert_xaxis()
@@ -495,7 +500,7 @@ def main(**options):
     o.lr = o.lr or {"dominoes": .002, "waterbirds": .001 if pretrained else .01}.get(o.dataset, .01)
     if o.dataset in ("celeba", "waterbirds"):
         o.jobs = o.jobs or 1  # each process holds all images
-    return common.sweep(o, load, run, conclude, draw)
+    return common.sweep(o, load_with_cells, run, conclude, draw)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 The claim: at equal training loss the rich network (alpha = 1) has a larger loss than the lazy one (alpha =
 100) inside the two discs, the hard examples, and a smaller one outside, on the easy ones.
 
-The paper's figure took 5 minutes 9 seconds on one of two busy CPU cores (AMD EPYC, 2026-11-25); not timed on a GPU. It ends with
+The paper's figure took 5 minutes 9 seconds on one of two busy CPU cores (AMD EPYC, 2026-11-25); not timed on
+a GPU. It ends with
 
     At equal training loss 0.4 the test loss of the rich networks (alpha = 1) is 0.131 [0.115, 0.147] higher
     in the discs and 0.046 [0.042, 0.050] lower outside than that of the lazy ones (alpha = 100; 100 runs):
@@ -34,9 +35,7 @@ LEVELS = [.6, .5, .4, .3, .2, .1]  # training losses at which runs are compared
 MAPS = [.5, .4, .3]  # those of the figure's maps
 FRAMES = [k / 100 for k in range(68, 9, -2)]  # those of the animation
 PLANE = dict(extent=(-1, 1, -1, 1), origin="lower")  # where matplotlib puts a map
-MEASURED = ["test_loss", "test_acc", "inside_loss", "outside_loss", "sign_similarity", "repr_alignment",
-            "repr_alignment_gram", "ntk_alignment", "target_alignment", "linearisation_error",
-            "update_noise"]
+MEASURED = ["test_loss", "test_acc", "inside_loss", "outside_loss", *common.LINEARITY]
 CENTRES, RADIUS = [(-.5, .5), (.5, -.5)], .3  # of the two discs
 OPTIONS = {
     "runs": ("what to run", 100, "at least 1", "networks per alpha, each with its own data"),
@@ -388,7 +387,8 @@ def conclude(o, found):
     """Print a table for each claim, and what rounding did; write summary.json and return what it holds."""
     summary = summarise(found)
     summary["conclusion"] = verdict(found, summary)
-    summary["options"] = common.identity(o, {})["run"]
+    summary["options"] = common.read_args(pathlib.Path(o.out) / f"alpha={min(found):g}")["run"]
+    del summary["options"]["theta0_crc32"]  # of run 0 alone
     print("\nmedian iterations to a training loss, and how many runs reached it")
     print(f"{'alpha':>12}" + "".join(f"{level:>16g}" for level in LEVELS))
     for alpha, part in summary["alphas"].items():

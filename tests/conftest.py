@@ -1,3 +1,4 @@
+import json
 import pathlib
 import sys
 
@@ -50,3 +51,34 @@ def tiny(tmp_path):
 
 # Options with which a whole experiment on `tiny` takes about a second.
 TINY = dict(alpha=[1, 100], epochs=6, width=4, batch_size=10, lr=.01, probe_examples=6, device="cpu")
+
+
+def records_of(folder):
+    """The records of a run's log.jsonl, each strict JSON."""
+    return [json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is not strict JSON"))
+            for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def jacobian(model, x):
+    """(N, C, P), one autograd call an example and output."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for i in range(len(x)):
+        f = model(x[i:i + 1].clone()).flatten()
+        for output in f:
+            gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows).view(len(x), len(f), -1)
+
+
+class Square(torch.autograd.Function):
+    """No forward mode, no vmap."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g

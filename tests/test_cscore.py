@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import pytest
 
-import common
 import cscore
 from conftest import TINY, tiny_arrays
 

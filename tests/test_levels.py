@@ -189,7 +189,7 @@ def test_damaged_log(tmp_path):
     assert read() == []
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": 3')
     assert [r["a"] for r in read()] == [1, 2]
-    for line in (b'{"a"', b"[]", b"3", b'{"b": 1}', b'{"a": "x"}', b'{"a": [1]}'):
+    for line in (b'{"a"', b'{"a": 1, "epoch": null}', b"[]", b"3", b'{"b": 1}', b'{"a": "x"}', b'{"a": [1]}'):
         path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
         with pytest.raises(ValueError, match="damaged"):
             read()

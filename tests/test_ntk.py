@@ -9,20 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import common
+from conftest import Square, jacobian
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def jacobian(model, x):
-    """(N, C, P), one autograd call an example and output."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    for i in range(len(x)):
-        f = model(x[i:i + 1].clone()).flatten()
-        for output in f:
-            gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([g.flatten() for g in gradients]))
-    return torch.stack(rows).view(len(x), len(f), -1)
 
 
 def kernel_by_hand(model, x, y=None):
@@ -55,19 +44,6 @@ class Scaled(nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x) + self.weight.sum()
-
-
-class Square(torch.autograd.Function):
-    """No forward mode, no vmap."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 def lin(i=5, o=7, **k):
@@ -307,10 +283,6 @@ def test_refused_in_one_line(name):
         with pytest.raises(ValueError, match=reason) as error:
             common.empirical_ntk(model, x, **options)
         assert "\n" not in str(error.value)
-
-
-def test_the_table_is_long_enough():
-    assert len(RIGHT) + len(REFUSED) >= 60
 
 
 # --- the check ---

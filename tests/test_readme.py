@@ -3,7 +3,6 @@ can be pasted elsewhere."""
 import ast
 import inspect
 import json
-import pathlib
 import re
 import shlex
 import shutil
@@ -42,9 +41,6 @@ def test_command(command, tmp_path, monkeypatch):
         words = words[words.index("-m"):] + ["--collect-only", "-q"]  # without installing pytest again
         assert subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True).returncode == 0
         return
-    if "benchmark" in command:
-        compile((ROOT / words[1]).read_text(), words[1], "exec")
-        return
     if words[0] == "torchrun":
         words = words[1:]
         while words[0].startswith("--"):
@@ -57,10 +53,7 @@ def test_command(command, tmp_path, monkeypatch):
     np.savez("tiny.npz", **arrays)
     module = __import__(name)
     given = common.parse_words(name, module.OPTIONS, module.QUICK, "", words[2:])
-    if "draw_only" in given:
-        shutil.copytree(ROOT / given["out"], tmp_path / given["out"])
-    else:
-        given.update(SCRIPTS[name], out="out")
+    given.update(SCRIPTS[name], out="out")
     try:
         assert module.main(**given)["alphas"]
     except ValueError as e:  # so short an animation reaches no training loss that it could show
@@ -69,15 +62,9 @@ def test_command(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("k", [k for k, (kind, _) in enumerate(BLOCKS) if kind == "python"])
 def test_python_block(k, tmp_path, monkeypatch):
-    """Every snippet runs; what it needs to find in its folder is put there."""
-    text = BLOCKS[k][1]
-    if "download=True" in text:
-        compile(text, "README.md", "exec")
-        return
+    """Every snippet runs."""
     monkeypatch.chdir(tmp_path)
-    images = common.synthetic(60, 30)
-    np.savez("cifar10_5k.npz", **images)
-    exec(text.replace("quick=True", "quick=True, epochs=1, seeds=[0], subset=50"), {})
+    exec(BLOCKS[k][1].replace("quick=True", "quick=True, epochs=1, seeds=[0], subset=50"), {})
 
 
 def test_the_idea_is_thirty_lines_and_shows_the_effect(capsys):
@@ -187,7 +174,7 @@ def test_figures_can_be_drawn_again_from_what_is_kept(folder, tmp_path):
     shutil.copytree(ROOT / "figures" / folder, tmp_path / folder)
     levels = {} if name == "toy" else {"levels": kept["options"]["levels"]}
     again = __import__(name).main(out=str(tmp_path / folder), draw_only=True, **levels)
-    assert again["alphas"] == kept["alphas"] and again["paired"] == kept["paired"]
+    assert {key: again[key] for key in kept if key != "options"} == {key: kept[key] for key in kept if key != "options"}
     tracked = {path.name for path in (ROOT / "figures" / folder).iterdir() if path.suffix != ".pdf"}
     assert {path.name for path in (tmp_path / folder).iterdir() if path.suffix != ".pdf"} == tracked
 
@@ -263,7 +250,7 @@ def test_public_names_are_documented():
 
 
 def test_importing_does_no_work():
-    code = "import sys; before = set(sys.modules); import common, toy, cscore, noisy, spurious; " \
-           "assert 'matplotlib' not in sys.modules and 'torchvision' not in sys.modules; import torch; " \
-           "assert torch.initial_seed() == torch.default_generator.initial_seed()"
+    code = "import sys, torch; before = torch.get_rng_state(); import common, toy, cscore, noisy, spurious; " \
+           "assert 'matplotlib' not in sys.modules and 'torchvision' not in sys.modules; " \
+           "assert torch.equal(torch.get_rng_state(), before)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -11,7 +11,6 @@ import urllib.error
 import numpy as np
 import pytest
 
-import common
 import spurious
 
 

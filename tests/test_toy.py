@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 import toy
-from conftest import ROOT
+from conftest import ROOT, records_of
 
 TINY = dict(alpha=[1, 20], runs=5, chunk=2, width=8, lr=.5, iterations=300, probe_examples=8,
             dtype="float64", device="cpu")
@@ -23,11 +23,6 @@ TINY = dict(alpha=[1, 20], runs=5, chunk=2, width=8, lr=.5, iterations=300, prob
 
 def options(**more):
     return common.options("toy", toy.OPTIONS, toy.QUICK, {**TINY, **more}, toy.__file__)
-
-
-def lines(folder):
-    return [json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is not strict JSON"))
-            for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def plain_run(run, alpha, o):
@@ -172,7 +167,7 @@ def test_files_keys_and_summary(tmp_path, capsys):
     assert (out / "toy.gif").stat().st_size < 1e6
     for name in ("alpha=0.5", "alpha=1", "alpha=inf"):
         assert {p.name for p in (out / name).iterdir()} == {"args.json", "log.jsonl", "maps.npz"}
-    log = lines(out / "alpha=1")
+    log = records_of(out / "alpha=1")
     crossings, ends = [r for r in log if r["level"]], [r for r in log if r["level"] is None]
     assert [r["run"] for r in ends] == [0, 1, 2, 3, 4]
     assert {r["ended"] for r in ends} <= {"loss", "iterations"}
@@ -186,7 +181,7 @@ def test_files_keys_and_summary(tmp_path, capsys):
         if r["level"] in toy.MAPS:  # the map is the record's test loss, point by point
             m = maps["maps"][r["run"], toy.MAPS.index(r["level"])].astype(float)
             assert m.mean() == pytest.approx(r["test_loss"], rel=1e-3)
-    for r in lines(out / "alpha=inf"):
+    for r in records_of(out / "alpha=inf"):
         assert r["level"] is None or (r["linearisation_error"], r["ntk_alignment"]) == (0, pytest.approx(1))
     assert summary == json.loads((out / "summary.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert set(summary["alphas"]) == {"0.5", "1", "inf"}
@@ -195,7 +190,7 @@ def test_files_keys_and_summary(tmp_path, capsys):
     at = [r for r in crossings if r["level"] == .6]
     assert part["reached"] == len(at) and part["of"] == 5 and part["inside_loss"]["n"] == len(at)
     assert part["median_iteration"] == np.median([r["iteration"] for r in at])
-    other = {r["run"]: r for r in lines(out / "alpha=inf") if r["level"] == .6}
+    other = {r["run"]: r for r in records_of(out / "alpha=inf") if r["level"] == .6}
     differences = [r["inside_loss"] - other[r["run"]]["inside_loss"] for r in at if r["run"] in other]
     cell = summary["paired"]["1 - inf"]["levels"]["0.6"]["inside_loss"]
     assert cell["n"] == len(differences) and cell["mean"] == pytest.approx(np.mean(differences))
@@ -209,7 +204,7 @@ def test_a_record_is_of_the_crossing_network(tmp_path):
     """Trained again, alone and by hand: test loss in the discs and outside, and rounding in float32."""
     toy.main(**{**TINY, "alpha": [20], "dtype": "float32", "runs": 2}, out=str(tmp_path))
     o = options(dtype="float32")
-    record = [r for r in lines(tmp_path / "alpha=20") if r["run"] == 1 and r["level"] == .6][0]
+    record = [r for r in records_of(tmp_path / "alpha=20") if r["run"] == 1 and r["level"] == .6][0]
     f, optimizer, x, y = plain_run(1, 20.0, options())
     for _ in range(record["iteration"]):
         optimizer.zero_grad()
@@ -275,7 +270,7 @@ def test_divergence_ends_a_run_and_is_reported(tmp_path):
     wild = {**TINY, "alpha": [1], "runs": 2, "lr": 1e30, "dtype": "float32"}
     summary = toy.main(**wild, out=str(tmp_path))
     assert len(summary["diverged"]) >= 1
-    ends = [r for r in lines(tmp_path / "alpha=1") if r["level"] is None]
+    ends = [r for r in records_of(tmp_path / "alpha=1") if r["level"] is None]
     assert {r["run"] for r in ends} == {0, 1}
     assert {r["ended"] for r in ends if r["train_loss"] is None} == {"diverged"}
 
@@ -300,7 +295,7 @@ def same(a, b):
 def test_chunks_do_not_matter(whole, tmp_path):
     toy.main(**{**TINY, "chunk": 5}, out=str(tmp_path))
     for name in ("alpha=1", "alpha=20"):
-        for a, b in zip(lines(whole / name), lines(tmp_path / name), strict=True):
+        for a, b in zip(records_of(whole / name), records_of(tmp_path / name), strict=True):
             assert a.keys() == b.keys()
             for key in a:
                 if isinstance(b[key], float):
@@ -359,7 +354,7 @@ def test_killed_run_continues(tmp_path):
 
 def test_more_runs_extend(whole, tmp_path, capsys):
     toy.main(**{**TINY, "runs": 2}, out=str(tmp_path))
-    assert {r["run"] for r in lines(tmp_path / "alpha=1")} == {0, 1}
+    assert {r["run"] for r in records_of(tmp_path / "alpha=1")} == {0, 1}
     for already_finished in (0, 2):
         capsys.readouterr()
         toy.main(**TINY, out=str(tmp_path))
@@ -405,7 +400,7 @@ def test_other_options_are_refused(small, tmp_path):
 def edit_log(change):
     """A damage to log.jsonl: change(list of records) in place."""
     def damage(folder):
-        records = lines(folder)
+        records = records_of(folder)
         change(records)
         (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return damage
@@ -494,7 +489,7 @@ def test_a_cut_last_line_costs_its_run_alone(small, tmp_path):
     shutil.copytree(out, tmp_path / "copy")
     cut("log.jsonl", .99)(tmp_path / "copy" / "alpha=1")
     toy.main(**given, out=str(tmp_path / "copy"))
-    assert lines(tmp_path / "copy" / "alpha=1") == lines(out / "alpha=1")
+    assert records_of(tmp_path / "copy" / "alpha=1") == records_of(out / "alpha=1")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
