@@ -1542,7 +1542,7 @@ def save_figure(figure, folder, name):
 # name: (group, default, bounds, help). Its type follows from the default; a type in its place means: none by default.
 # The options of the groups "training" and "looking" are part of what a run is.
 SHARED = {
-    "alpha": ("what to run", [1.0, 100.0], "above 0, at most inf", "1 rich, 100 lazy, inf linear; f^a = a (f - f0)"),
+    "alpha": ("what to run", [1.0, 100.0], "above 0, at most inf", "of f^a = a (f - f0); 1: rich, 100: lazy"),
     "seeds": ("what to run", [0], "at least 0, below 2147483648", "one run an alpha and seed"),
     "dataset": ("what to run", "cifar10", None, "cifar10, synthetic, or a file FILE.npz (see README.md)"),
     "epochs": ("what to run", 2500, "at least 1", "at most so many passes over the training set"),

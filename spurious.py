@@ -37,7 +37,7 @@ import common
 
 OPTIONS = {
     "dataset": ("what to run", "celeba", None, "celeba, waterbirds, dominoes, synthetic, or a file FILE.npz"),
-    "alpha": ("what to run", [.5, 1.0, 100.0], "above 0, at most inf", "1 rich, 100 lazy, inf linear; f^a = a (f - f0)"),
+    "alpha": ("what to run", [.5, 1.0, 100.0], "above 0, at most inf", "of f^a = a (f - f0); 1: rich, 100: lazy"),
     "epochs": ("what to run", 750, "at least 1", "at most so many passes over the training set"),
     "lr": ("training", float, "above 0", "learning rate before the division by alpha^2 (default .01; pretrained .001; "
            "dominoes .002)"),
