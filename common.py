@@ -1494,8 +1494,10 @@ def draw_band(ax, seeds, x, y, read=value_at, **style):
             ax.plot(*np.array(probes).T, ".", color=style["color"], markersize=2, alpha=.3)
     if len(curves) > 1:
         low, high = max(c[x].min() for c in curves), min(c[x].max() for c in curves)
-        band = []
-        for level in np.linspace(low, high, 120)[1:-1]:
+        levels, band = np.linspace(low, high, 120)[1:-1], []
+        if x == "iteration":  # on a logarithmic axis: where the probes are
+            levels = curves[0][x][(curves[0][x] >= low) & (curves[0][x] <= high)]
+        for level in levels:
             values = [read(level, columns[x], columns[y]) for columns in curves]
             if None not in values:
                 band.append((level, np.mean(values), min(values), max(values)))

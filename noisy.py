@@ -130,7 +130,7 @@ def draw(o, runs):
     common.draw_linearity(middle, right, runs, "clean_loss")
     for ax in (left, middle, right):
         ax.invert_xaxis()
-        ax.set_xlabel("loss of the clean examples (training: to the right)")
+        ax.set_xlabel("clean loss (training: to the right)")
     common.save_figure(figure, o.out, "noisy")
 
     figure = Figure(figsize=(8.3, 4.4), layout="constrained")
