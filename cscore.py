@@ -11,8 +11,8 @@ The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well n
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
 
---quick takes 59 seconds on two CPU cores (AMD EPYC, 2026-11-25), an epoch of 40,000 images about a minute; not timed on
-a GPU. --quick ends with
+--quick takes 59 seconds on two CPU cores (AMD EPYC, 2026-11-25), an epoch of 40,000 images one to two minutes; not
+timed on a GPU. --quick ends with
 
     At equal mean training loss 1.5 the hardest decile's loss is above the easiest's by 1.209 at alpha = 1 and 1.030 at
     alpha = 100, paired difference 0.179 [0.015, 0.344] (3): the rich network hastens to the easy examples, as in the

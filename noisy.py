@@ -7,8 +7,8 @@
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above.
 
---quick takes 53 seconds on two CPU cores (AMD EPYC, 2026-11-25), an epoch of 40,000 images about a minute; not timed on
-a GPU. --quick ends with
+--quick takes 53 seconds on two CPU cores (AMD EPYC, 2026-11-25), an epoch of 40,000 images one to two minutes; not
+timed on a GPU. --quick ends with
 
     At equal clean loss 1.5 the noisy loss is 2.658 at alpha = 1 and 2.317 at alpha = 100, paired difference 0.341
     [0.255, 0.427] (3): the rich network has learnt the wrong labels less, as in the paper.
