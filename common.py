@@ -1089,6 +1089,7 @@ def identity(o, images):
            "data_crc32": crc32([np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray))])}
     return {"run": run, "script_crc32": o.script_crc32, "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
             "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0],
+            # toy.py writes this before side_by_side sets its one thread.
             "device": str(o.device), "threads": 1 if o.script == "toy" else torch.get_num_threads()}
 
 

@@ -92,10 +92,11 @@ def load(o):
 def load_with_cells(o):
     """load; an empty training cell of any seed is refused before the first run trains."""
     images = load(o)
+    if "x_pool" in images:  # its cells do not depend on the seed
+        return images
     for seed in o.seeds:
-        if "x_pool" not in images:
-            keep = common.training_indices(images, seed, o)
-            need_cells(images["y_train"][keep], images["attribute_train"][keep], "training")
+        keep = common.training_indices(images, seed, o)
+        need_cells(images["y_train"][keep], images["attribute_train"][keep], "training")
     return images
 
 
@@ -276,10 +277,15 @@ def fetch_waterbirds(archive, folder):
 # The groups.
 
 
+def in_cell(cell, y, attribute):
+    """Which examples have the label and the attribute of a cell, (N,)."""
+    return (y == int(cell[0])) & (attribute == int(cell[1]))
+
+
 def need_cells(y, attribute, where):
     """Raise ValueError if a (label, attribute) has no example; where: "training" or "test"."""
     for cell in CELLS:
-        if not ((y == int(cell[0])) & (attribute == int(cell[1]))).any():
+        if not in_cell(cell, y, attribute).any():
             raise ValueError(f"no {where} image has label {cell[0]} and attribute {cell[1]}: an empty cell")
 
 
@@ -288,7 +294,7 @@ def choose_cells(y, attribute, group_size, seed, where):
     need_cells(y, attribute, where)
     cells, counts = {}, []
     for cell in CELLS:
-        members = np.flatnonzero((y == int(cell[0])) & (attribute == int(cell[1])))
+        members = np.flatnonzero(in_cell(cell, y, attribute))
         cells[cell] = common.draw_some(members, group_size, seed)
         counts.append(f"{cell} {len(cells[cell])} of {len(members)}")
     print(f"{where} cells: {', '.join(counts)}")
@@ -358,7 +364,7 @@ def run(alpha, seed, images, o):
     x, y = common.on_device(images["x_train"][keep], o), torch.as_tensor(labels, device=o.device)
     # In CelebA women hold 94 % of the blond, but a bare 52 % of the others: small subsets could tip it over.
     agree = ["00", "10"] if o.dataset == "celeba" else with_correlation(images["y_train"], images["attribute_train"])
-    share = {cell: np.mean((labels == int(cell[0])) & (attribute == int(cell[1]))).item() for cell in CELLS}
+    share = {cell: np.mean(in_cell(cell, labels, attribute)).item() for cell in CELLS}
     pool = "pool" if "x_pool" in images else "train"
     inside = np.arange(len(images["y_pool"])) if pool == "pool" else keep
     watched = {"": watch(images, pool, inside, seed, o),

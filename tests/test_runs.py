@@ -527,6 +527,19 @@ def test_missing_or_damaged_args_are_refused(tiny, tmp_path, text):
         noisy.main(out=str(tmp_path), draw_only=True)
 
 
+def test_edited_records_are_one_line(tiny, tmp_path):
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    log = tmp_path / "alpha=1_seed=0" / "log.jsonl"
+    whole, parsed = log.read_text(), '{"iteration": 1, "epoch": 1, "mean_train_loss": 1}\n'  # parsed, but lacks a group
+    first = ["{}", "[]", '{"ended": "epochs"}', '{"iteration": 1, "epoch": null, "mean_train_loss": 1}',
+             '{"iteration": [1]}', '{"mean_train_loss": "low"}', '{"iteration": 0}']
+    for text in [f"{record}\n{whole}" for record in first] + [whole + parsed]:
+        log.write_text(text)
+        with pytest.raises(ValueError) as e:
+            noisy.main(out=str(tmp_path), draw_only=True)
+        assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
 def swapped(tmp_path, old, new):
     """noisy.py with exactly one line replaced, as a module."""
     source = (ROOT / "noisy.py").read_text()
