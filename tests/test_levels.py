@@ -1,10 +1,12 @@
 """Equal training loss: the reading rule against simulated runs whose truth is known, statistics, the summary's shape."""
 import math
+import types
 
 import numpy as np
 import pytest
 
 import common
+import noisy
 
 
 # --- the reading rule on runs whose true relation between loss and quantity is known ---
@@ -177,6 +179,28 @@ def test_the_conclusion_follows_the_paired_interval():
     assert "No loss level" in common.sentence(few, common.summarise(few, gap, [1.0]), "gap", "", "", "")
     one = {1.0: {0: run(1)}}
     assert "One alpha" in common.sentence(one, common.summarise(one, gap, [1.0]), "gap", "", "", "")
+
+
+def test_noisy_shows_the_papers_lowest_clean_loss_and_does_not_conclude_there(capsys):
+    """At clean loss .1 both have learnt the wrong labels: a row of the table, as in the paper, but no verdict."""
+    def records(ahead):
+        rows = []
+        for k in range(60):
+            clean = 2.3 * .93**k
+            noisy_loss = clean + ahead * max(clean - .15, 0)
+            rows.append({"iteration": k, "epoch": k / 2, "mean_train_loss": .85 * clean + .15 * noisy_loss,
+                         "clean_loss": clean, "noisy_loss": noisy_loss, "test_loss": 1.0, "test_acc": .5,
+                         "noisy_true_acc": .3})
+        return rows
+
+    runs = {1.0: {s: records(2 + .01 * s) for s in range(3)}, 100.0: {s: records(1) for s in range(3)}}
+    summary = noisy.conclude(types.SimpleNamespace(levels=[]), runs)
+    difference = summary["at_clean_loss"]["paired"]["1 - 100"]["levels"]
+    assert difference["0.1"]["noisy_loss"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert difference["1"]["noisy_loss"]["mean"] == pytest.approx(1.01 * .85, rel=.01)
+    assert "as in the paper" in summary["conclusion"] and "clean loss 0.1 " not in summary["conclusion"]
+    table = capsys.readouterr().out.split("Loss of the noisy examples")[1].split("Test accuracy")[0]
+    assert "\n     0.1 " in table
 
 
 def test_a_run_that_diverged_is_read_up_to_there():
