@@ -921,7 +921,7 @@ class Run:
             log.write(json_line(record))
         shown = [f"{key} {record[key]:.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
         where = f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}"
-        progress.status(self.iteration, "  ".join([where, *shown]), every=0)
+        progress.status(self.iteration, "  ".join([where, *shown]), probe=True)
         if ended == "diverged":
             progress.line(f"diverged at iteration {self.iteration} (its loss is no finite number): try a smaller --lr")
 
@@ -1050,7 +1050,7 @@ def graphed(step, training):
 
 
 class Progress:
-    """One status line on a terminal; into a file or pipe an aligned line a record, or every ten seconds."""
+    """One status line on a terminal; into a file or pipe an aligned line a probe."""
 
     quiet = False  # in a child of --jobs, whose parent has the status line
 
@@ -1058,12 +1058,14 @@ class Progress:
         self.name, self.total, self.first, self.terminal = name, total, None, sys.stdout.isatty()
         self.begin = self.shown = time.monotonic()
 
-    def status(self, done, text, every=10.0):
-        """Say how far it is, if that is due: five times a second on a terminal, else `every` so many seconds."""
+    def status(self, done, text, probe=False):
+        """Say how far it is: on a terminal five times a second, elsewhere only of a probe."""
         now = time.monotonic()
         if self.first is None:
             self.first = done  # a run that goes on does not begin at 0
-        if now - self.shown < (.2 if self.terminal else every) or (self.terminal and self.quiet):
+        if self.terminal:
+            probe = not self.quiet and now - self.shown >= .2
+        if not probe:
             return
         left, self.shown = "", now
         if done > self.first:  # at most, since a run may end before its last iteration
@@ -1729,7 +1731,7 @@ def watch(o, pairs, progress):
     last = [log[-1] for log in [read_log(folder_of(o, *pair)) for pair in pairs] if log]
     going = [f"{record['mean_train_loss']:.3f}" for record in last if "ended" not in record]
     done = sum(o.epochs if "ended" in record else record["epoch"] for record in last)
-    progress.status(done, f"{len(last) - len(going)} of {len(pairs)} runs ended, losses {' '.join(going)}", math.inf)
+    progress.status(done, f"{len(last) - len(going)} of {len(pairs)} runs ended, losses {' '.join(going)}")
 
 
 def jobs_of(o, tasks):

@@ -265,8 +265,7 @@ def train_missing(o, data):
     progress, done = common.Progress("toy", len(chunks)), 0
 
     def look():
-        if progress.terminal:  # elsewhere the chunks speak for themselves
-            progress.status(done, f"{done} of {len(chunks)} chunks of runs are done")
+        progress.status(done, f"{done} of {len(chunks)} chunks of runs are done")
 
     for alpha, records, arrays in common.side_by_side(o, train_chunk, chunks, look):
         store(pathlib.Path(o.out) / f"alpha={alpha:g}", records, arrays, o)

@@ -1,4 +1,5 @@
 """Runs: records, probes on a schedule, resuming and refusals, through noisy.py on tiny data."""
+import itertools
 import json
 import math
 import os
@@ -125,6 +126,16 @@ def test_more_epochs_equal_as_many_at_once(tiny, tmp_path, alpha):
     run = f"alpha={alpha}_seed=0"
     assert without_times(tmp_path / "a", run) == without_times(tmp_path / "b", run)
     assert records(tmp_path / "a", run)[-1]["iteration"] == 30
+
+
+def test_into_a_pipe_goes_one_aligned_line_a_probe(tiny, tmp_path, capsys, monkeypatch):
+    """However slow the steps between two probes are."""
+    clock = itertools.count(step=60.)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=40)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha=1_seed=0 ")]
+    assert [int(line.split()[2]) for line in lines] == [r["iteration"] for r in records(tmp_path)]
+    assert {line.index("mean_train_loss") for line in lines} == {lines[0].index("mean_train_loss")}
 
 
 def test_finished_runs_are_only_drawn_again(tiny, tmp_path, capsys):
