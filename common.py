@@ -857,13 +857,15 @@ class Run:
         self.total = o.epochs * self.steps_an_epoch
         self.iteration, self.seconds, self.records, self.step = 0, 0.0, [], None
         self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
-        self.folder = run_folder(o, folder_of(o, f.alpha, seed), images, self.tensors)
+        self.folder = run_folder(o, folder_of(o, f.alpha, seed), images, f.model0.parameters())
         if o.momentum:
             for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 self.tensors.append(optimizer.state[p]["momentum_buffer"])
         if (self.folder / "checkpoint.pt").exists():
             self.load()
+        else:
+            refuse_without_checkpoint(self.folder)
 
     def minibatches(self, probe):
         """Yield the indices of minibatch after minibatch; probe() returns the script's part of a record, with
@@ -919,7 +921,7 @@ class Run:
         self.records.append(json.loads(json_line(record)))
         with naming_out(self.folder), open(self.folder / "log.jsonl", "ab") as log:
             log.write(json_line(record))
-        shown = [f"{key} {record[key]:.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
+        shown = [f"{key} {record[key]:>7.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
         where = f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}"
         progress.status(self.iteration, "  ".join([where, *shown]), probe=True)
         if ended == "diverged":
@@ -1096,26 +1098,40 @@ def identity(o, images):
 
 
 def run_folder(o, folder, images, theta0):
-    """The folder of one run, made and marked by its args.json. ValueError: it holds another run."""
+    """The folder of one run, made and marked by its args.json. ValueError: it holds another run, or one of the same
+    seed began at another theta0."""
     args = {"folder": folder.name, **identity(o, images)}
     args["run"]["theta0_crc32"] = crc32(theta0)
+    seed = folder.name.partition("_")[2]  # toy.py's folders hold all seeds
+    for path in sorted(folder.parent.glob(f"alpha=*{seed}/args.json")):
+        compare(read_args(path.parent), args["run"], path.parent)
     with naming_out(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "args.json").exists() or (folder / "log.jsonl").exists():
-        compare(read_args(folder), args["run"], folder)
-    else:
+    if (folder / "log.jsonl").exists():
+        read_args(folder)  # refused if it is missing
+    if not (folder / "args.json").exists():
         write_atomically(folder / "args.json", json_line(args))
     return folder
 
 
+def refuse_without_checkpoint(folder):
+    """ValueError if a folder has records but not the checkpoint to go on from: they would be overwritten."""
+    if read_log(folder) and not zipfile.is_zipfile(folder / "checkpoint.pt"):
+        raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, or a damaged one, so it "
+                         "cannot go on: choose another --out, or delete that folder")
+
+
 def check_folder(o, images):
-    """Compare what would be trained with every run in --out. ValueError: there is another; warning: another script."""
+    """Compare what would be trained with every run in --out, and read its records, since all will be drawn.
+    ValueError: one is another run, or damaged; warning: one is by another text of the script."""
     args, others = identity(o, images), []
-    for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
-        there = read_args(path.parent)
-        compare(there, args["run"], path.parent)
-        if there.get("script_crc32") != args["script_crc32"]:
-            others.append(path.parent.name)
+    for folder in sorted(pathlib.Path(o.out).glob("alpha=*")):
+        if (folder / "args.json").exists() or (folder / "log.jsonl").exists():
+            there = read_args(folder)
+            compare(there, args["run"], folder)
+            read_log(folder, needed=())
+            if there.get("script_crc32") != args["script_crc32"]:
+                others.append(folder.name)
     if others:
         print(f"warning: {len(others)} run(s) in {o.out} are by another text of {o.script}.py: {' '.join(others)[:60]}")
 
@@ -1165,7 +1181,7 @@ def read_log(folder, needed=("iteration", "epoch", "mean_train_loss")):
 def read_runs(folder):
     """The records of every run in a folder, {alpha: {seed: [record, ...]}}, ascending; for notebooks, too.
     ValueError: there are none, one is damaged, or they differ in more than alpha and seed."""
-    runs, first = {}, None
+    runs, first, theta0 = {}, None, {}
     for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
         records, args = read_log(path.parent), read_args(path.parent)
         first = first or args
@@ -1174,6 +1190,8 @@ def read_runs(folder):
             if set(records[0]) - set(record) - {*LINEARITY, "ended"}:
                 raise damaged(path)
         alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
+        start = {"theta0_crc32": theta0.setdefault(seed, args["run"].get("theta0_crc32"))}
+        compare(args, start, path.parent)  # of one seed, under every alpha
         if records:
             runs.setdefault(float(alpha), {})[int(seed)] = records
     if not runs:
@@ -1473,7 +1491,7 @@ def colour(alpha):
     colour-blind readers, too (Okabe and Ito)."""
     from matplotlib import colormaps
     known = {.5: "#e69f00", 1: "#d55e00", 10: "#cc79a7", 100: "#0072b2", 1000: "#56b4e9", math.inf: "#000000"}
-    return known[alpha] if alpha in known else colormaps["viridis"](min(max((math.log10(alpha) + 2) / 6, 0), .9))
+    return known[alpha] if alpha in known else colormaps["viridis"](.45 + .45 * math.tanh(math.log10(alpha) / 3))
 
 
 def alpha_label(alpha):
@@ -1679,10 +1697,8 @@ def sweep(o, load, run, conclude, draw):
         images = load(o)
         check_folder(o, images)
         missing = [pair for pair in share_of_rank(pairs) if not finished(read_log(folder_of(o, *pair)), o)]
-        for folder in [folder_of(o, *pair) for pair in missing]:
-            if read_log(folder) and not (folder / "checkpoint.pt").exists():
-                raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go "
-                                 "on: choose another --out, or delete that folder")
+        for pair in missing:
+            refuse_without_checkpoint(folder_of(o, *pair))
         mine = images if jobs_of(o, missing) == 1 else None  # a child of --jobs loads its own
         work = functools.partial(run_here, load, run, mine, o)
         progress = Progress("sweep", o.epochs * len(missing))

@@ -174,13 +174,14 @@ def conclude(o, runs):
     for alpha, part in summary["alphas"].items():
         common.print_table(f"Loss of the deciles, alpha = {alpha}, at equal mean training loss", part["levels"],
                            [f"decile_{d}" for d in sorted(o.deciles)])
-    print("\nMean training loss at which each decile has fallen to half its initial loss (hardest to easiest)")
+    rows = {f"decile_{d}": {} for d in range(1, 11)}
     for alpha, seeds in runs.items():
         part = summary["alphas"][f"{alpha:g}"]["half_way"] = {}
-        for d in range(1, 11):
-            part[f"decile_{d}"] = common.spread([half_way(records, f"decile_{d}_loss") for records in seeds.values()])
-        shown = [f"{half['mean']:>7.2f}" if half else "      -" for half in part.values()]
-        print(f"alpha = {alpha:<5g}" + "".join(shown))
+        for name, row in rows.items():
+            part[name] = common.spread([half_way(records, f"{name}_loss") for records in seeds.values()])
+            row[f"alpha = {alpha:g}"] = part[name]
+    common.print_table("Mean training loss at which each decile has fallen to half its initial loss (1 = hardest)",
+                       rows, [f"alpha = {alpha:g}" for alpha in runs])
     summary["conclusion"] = common.sentence(
         runs, summary, "gap", "At equal mean training loss {level} the hardest decile's loss is above the easiest's by",
         "the rich network hastens to the easy examples, as in the paper",

@@ -92,7 +92,7 @@ def conclude(o, runs):
     shown = common.summarise(runs, quantities, [*levels, .1], on="clean_loss")
     summary["at_clean_loss"] = shown
     common.print_claim("Loss of the noisy examples at equal loss of the clean ones", shown, "noisy_loss")
-    common.print_claim("Test accuracy at equal loss of the clean examples", shown, "test_acc")
+    common.print_claim("Test loss at equal loss of the clean examples", shown, "test_loss")
     common.print_claim("Gap, loss of the noisy minus loss of the clean, at equal mean training loss", summary, "gap")
     print()
     for alpha, seeds in runs.items():

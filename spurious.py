@@ -292,13 +292,7 @@ def need_cells(y, attribute, where):
 def choose_cells(y, attribute, group_size, seed, where):
     """{"00": indices, ...}: up to group_size examples of each (label, attribute), drawn with the seed."""
     need_cells(y, attribute, where)
-    cells, counts = {}, []
-    for cell in CELLS:
-        members = np.flatnonzero(in_cell(cell, y, attribute))
-        cells[cell] = common.draw_some(members, group_size, seed)
-        counts.append(f"{cell} {len(cells[cell])} of {len(members)}")
-    print(f"{where} cells: {', '.join(counts)}")
-    return cells
+    return {cell: common.draw_some(np.flatnonzero(in_cell(cell, y, attribute)), group_size, seed) for cell in CELLS}
 
 
 def with_correlation(y, attribute):

@@ -323,6 +323,8 @@ def read_runs(o):
         at = {level: {} for level in [*LEVELS, None]}
         for record in records:
             at[record["level"]][record["run"]] = record
+            if record["level"] is not None:  # the gap, hard minus easy, as in the other scripts
+                record["gap"] = common.minus(record["inside_loss"], record["outside_loss"])
         maps = dict(zip(arrays["runs"].tolist(), arrays["maps"]))
         results = types.SimpleNamespace(at=at, ends=at.pop(None), maps=maps, curves=arrays["curves"])
         if records:
@@ -364,12 +366,12 @@ def summarise(found):
                 iterations = [record["iteration"] for record in records.values()]
                 row = levels[f"{level:g}"] = {"reached": len(records), "of": len(results.ends),
                                               "median_iteration": float(np.median(iterations))}
-                for key in MEASURED:
+                for key in ["gap", *MEASURED]:
                     row[key] = common.spread([record[key] for record in records.values()])
             runs = in_both(found, level, alpha, largest)
             if runs:
                 row = differences[f"{level:g}"] = {}
-                for key in ("inside_loss", "outside_loss", "test_loss", "test_acc"):
+                for key in ("gap", "inside_loss", "outside_loss", "test_loss", "test_acc"):
                     values = [common.minus(records[run][key], others[run][key]) for run in runs]
                     row[key] = common.spread(values, interval=True)
                 if level in MAPS:

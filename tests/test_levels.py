@@ -199,7 +199,7 @@ def test_noisy_shows_the_papers_lowest_clean_loss_and_does_not_conclude_there(ca
     assert difference["0.1"]["noisy_loss"]["mean"] == pytest.approx(0, abs=1e-9)
     assert difference["1"]["noisy_loss"]["mean"] == pytest.approx(1.01 * .85, rel=.01)
     assert "as in the paper" in summary["conclusion"] and "clean loss 0.1 " not in summary["conclusion"]
-    table = capsys.readouterr().out.split("Loss of the noisy examples")[1].split("Test accuracy")[0]
+    table = capsys.readouterr().out.split("Loss of the noisy examples")[1].split("Test loss")[0]
     assert "\n     0.1 " in table
 
 
@@ -220,5 +220,5 @@ def test_damaged_log(tmp_path):
 
 
 def test_a_colour_belongs_to_an_alpha():
-    alphas = [.1, .3, .5, 1, 3, 10, 30, 100, 1000, math.inf]
+    alphas = [1e-3, .01, .1, .3, .5, 1, 3, 10, 30, 100, 1000, 3000, 1e4, 1e5, math.inf]
     assert len({str(common.colour(alpha)) for alpha in alphas}) == len(alphas)

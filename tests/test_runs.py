@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_into_a_pipe_goes_one_aligned_line_a_probe(tiny, tmp_path, capsys, monke
     tiny_run(tiny, tmp_path, alpha=[1], epochs=40)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha=1_seed=0 ")]
     assert [int(line.split()[2]) for line in lines] == [r["iteration"] for r in records(tmp_path)]
-    assert {line.index("mean_train_loss") for line in lines} == {lines[0].index("mean_train_loss")}
+    assert len({line.index("test_acc") for line in lines}) == 1
 
 
 def test_finished_runs_are_only_drawn_again(tiny, tmp_path, capsys):
@@ -383,9 +384,9 @@ def test_damaged_checkpoint_is_refused_and_nothing_lost(tiny, tmp_path):
     path = tmp_path / "alpha=1_seed=0" / "checkpoint.pt"
     before = records(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be read.*delete the folder"):
-        tiny_run(tiny, tmp_path, alpha=[1], **LONG)
-    assert records(tmp_path) == before
+    with pytest.raises(ValueError, match="a damaged one.*delete that folder"):
+        tiny_run(tiny, tmp_path, alpha=[.5, 1], **LONG)
+    assert records(tmp_path) == before and not (tmp_path / "alpha=0.5_seed=0").exists()  # before anything is trained
 
 
 def test_killed_in_its_first_second_starts_again(tiny, tmp_path):
@@ -497,6 +498,42 @@ def test_unfinished_records_without_their_checkpoint_are_refused(tiny, tmp_path)
         tiny_run(tiny, tmp_path, alpha=[.5, 1], epochs=3)
     assert not (tmp_path / "alpha=0.5_seed=0").exists()  # refused before anything is trained
     assert (folder / "log.jsonl").read_bytes() == before
+    given = {**TINY, "alpha": [1], "epochs": 3, "dataset": str(tiny), "out": str(tmp_path)}
+    o = common.options("noisy", noisy.OPTIONS, noisy.QUICK, given, noisy.__file__)
+    with pytest.raises(ValueError, match="not its checkpoint"):
+        noisy.run(1.0, 0, noisy.load(o), o)  # without the sweep around it
+    assert (folder / "log.jsonl").read_bytes() == before
+
+
+def test_what_would_be_drawn_is_read_before_anything_is_trained(tiny, tmp_path):
+    tiny_run(tiny, tmp_path, alpha=[10], epochs=1)
+    log = tmp_path / "alpha=10_seed=0" / "log.jsonl"
+    log.write_text("no json\n" + log.read_text())
+    with pytest.raises(ValueError, match="alpha=10_seed=0.*damaged"):
+        tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    assert not (tmp_path / "alpha=1_seed=0").exists()
+
+
+def test_a_seed_begins_at_one_theta0_under_every_alpha(tiny, tmp_path, monkeypatch):
+    """Otherwise its differences would not be paired; at alpha = inf what trains, delta, begins at 0 for every seed."""
+    tiny_run(tiny, tmp_path, alpha=[1, "inf"], seeds=[0, 1], epochs=1)
+    start = lambda run: json.loads((tmp_path / run / "args.json").read_text())["run"]["theta0_crc32"]
+    assert start("alpha=1_seed=0") == start("alpha=inf_seed=0") != start("alpha=inf_seed=1") == start("alpha=1_seed=1")
+    network = common.resnet18
+
+    def another(*sizes, **more):
+        made = network(*sizes, **more)
+        made.fc.weight.data *= 2
+        return made
+
+    monkeypatch.setattr(common, "resnet18", another)
+    with pytest.raises(ValueError, match="theta0_crc32"):
+        tiny_run(tiny, tmp_path, alpha=[100], epochs=1)
+    assert not (tmp_path / "alpha=100_seed=0").exists()
+    path = tmp_path / "alpha=inf_seed=1" / "args.json"
+    path.write_text(path.read_text().replace(str(start("alpha=inf_seed=1")), "7"))
+    with pytest.raises(ValueError, match="alpha=inf_seed=1.*theta0_crc32 = 7"):
+        common.read_runs(tmp_path)
 
 
 def test_fewer_epochs_than_an_interrupted_run_has_done_end_it(tiny, tmp_path):
@@ -627,8 +664,9 @@ def test_jobs_make_the_same_records_and_end_together(tiny, tmp_path, capfd):
     for run in ("alpha=1_seed=0", "alpha=100_seed=1"):
         assert without_times(tmp_path / "one", run) == without_times(tmp_path / "two", run)
     bad = tmp_path / "two" / "alpha=100_seed=1" / "checkpoint.pt"
-    bad.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="cannot be read"):  # an error in a child is the parent's one line
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("not torch's", "")
+    with pytest.raises(ValueError, match="cannot be read.*delete the folder"):  # an error in a child is the parent's one line
         tiny_run(tiny, tmp_path / "two", jobs=2, **{**options, "epochs": 4})
     import multiprocessing
     assert not multiprocessing.active_children()

@@ -234,7 +234,7 @@ def synthetic(inside, outside, levels, runs=5):
             for run in range(levels[level]):
                 noise = .01 * draw.normal()
                 at[level][run] = {**dict.fromkeys(toy.MEASURED, .5), "iteration": 9, "run": run,
-                                  "inside_loss": 1 + shift * inside + noise,
+                                  "gap": .5 + shift * (inside - outside), "inside_loss": 1 + shift * inside + noise,
                                   "outside_loss": .5 + shift * outside + noise}
         maps = {run: np.zeros((3, 60, 60)) for run in range(runs)}
         ends = {run: {"ended": "iterations"} for run in range(runs)}
