@@ -137,19 +137,12 @@ class LinearizedModel(nn.Module):
             return torch.func.jvp(f, (theta,), (direction,))[1]
         except RuntimeError:  # layers without a forward-mode formula: LSTM, attention, weight norm
             pass
-        # J^T w is linear in w, and the gradient of < J^T w, direction > in w is J direction: two reverse
-        # passes. Fast implementations cannot always be differentiated twice, the plain ones can.
+        # Two reverse passes. Fast implementations cannot always be differentiated twice, the plain ones can.
         wanted = torch.is_grad_enabled()
         plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        grads = torch.enable_grad()
-        with torch.inference_mode(False), grads, plain_attention, torch.backends.cudnn.flags(enabled=False):
-            theta = {name: p.requires_grad_() for name, p in theta.items()}
-            out = f(theta)
-            w = torch.zeros_like(out, requires_grad=True)
-            options = dict(materialize_grads=True)
-            pulled = torch.autograd.grad(out, list(theta.values()), w, create_graph=True, **options)
-            product = sum((g * d).sum() for g, d in zip(pulled, direction.values()))
-            return torch.autograd.grad(product, w, create_graph=wanted, **options)[0]
+        with torch.inference_mode(False), plain_attention, torch.backends.cudnn.flags(enabled=False):
+            return torch.autograd.functional.jvp(lambda *theta: f(dict(zip(direction, theta))), tuple(theta.values()),
+                                                 tuple(direction.values()), create_graph=wanted)[1]
 
 
 def check_deterministic(model):
@@ -736,6 +729,7 @@ def check_images(images, path):
          f"y_test has a label outside 0 to {classes - 1}, the labels of y_train")
     if x.shape[3] not in (1, 3, 4):
         print(f"warning: {path}: images have {x.shape[3]} channels; the channels come last")
+    need(("mean" in images) == ("std" in images), "has one of mean and std; they come together")
     for name in images.keys() & {"score_train", "score_test", "attribute_train", "attribute_test", "mean", "std"}:
         values, what = images[name], name.split("_")[0]
         wanted = {"attribute": "0 or 1", "std": "numbers above 0"}.get(what, "finite numbers")
@@ -824,13 +818,9 @@ def on_device(x, o):
 @torch.no_grad()
 def outputs(f, x, f0=None, block=500):
     """f(x) for many examples, a block at a time, without gradients: (N, C). f0: f_theta0(x), if it is known."""
-    parts = []
-    for k in range(0, len(x), block):
-        if f0 is None:
-            parts.append(f(x[k:k + block]))
-        else:
-            parts.append(f(x[k:k + block], f0[k:k + block]))
-    return torch.cat(parts)
+    if f0 is None:
+        return torch.cat([f(part) for part in x.split(block)])
+    return torch.cat([f(part, part0) for part, part0 in zip(x.split(block), f0.split(block))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1349,25 +1339,20 @@ def loss_levels(runs, more=()):
 
 
 def summarise(runs, quantities, levels, on="mean_train_loss"):
-    """What quantities(curve) -> {name: array} are where the loss `on` passes each level: per alpha over seeds, and,
-    since a seed fixes everything but alpha, paired by seed between alphas.
+    """What quantities(curve) -> {name: array} and the linearity measures are where the loss `on` passes each level:
+    per alpha over seeds, and, since a seed fixes everything but alpha, paired by seed between alphas.
 
-    Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}, "linearity": {...}}}, "paired":
-    {"1 - 100": {"levels": {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
+    Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}}}, "paired": {"1 - 100": {"levels":
+    {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
     """
     def read(records):
-        columns = curve(records)
-        return readings(quantities(columns), levels, columns[on])
+        columns, rows = curve(records), {}
+        arrays = {**quantities(columns), **{key: columns[key] for key in LINEARITY}}
+        for level in levels:
+            rows[f"{level:.3g}"] = {name: value_at(level, columns[on], array) for name, array in arrays.items()}
+        return rows
 
-    def linear(records):
-        columns = curve(records)
-        rows = readings({key: columns[key] for key in LINEARITY}, levels, columns[on])
-        return {**rows, "end": {key: records[-1].get(key) for key in LINEARITY}}
-
-    summary = over_seeds(runs, read)
-    for alpha, seeds in runs.items():
-        summary["alphas"][f"{alpha:g}"]["linearity"] = table([linear(records) for records in seeds.values()])
-    return summary
+    return over_seeds(runs, read)
 
 
 def over_seeds(runs, read):
@@ -1380,14 +1365,6 @@ def over_seeds(runs, read):
         differences = [subtract(found[a][seed], found[b][seed]) for seed in runs[a] if seed in runs[b]]
         summary["paired"][f"{a:g} - {b:g}"] = {"levels": table(differences, interval=True)}
     return summary
-
-
-def readings(arrays, levels, loss):
-    """{level: {name: value, or None}} of arrays {name: (n,)} where the loss (n,) passes each level."""
-    rows = {}
-    for level in levels:
-        rows[f"{level:.3g}"] = {name: value_at(level, loss, array) for name, array in arrays.items()}
-    return rows
 
 
 def table(cells, interval=False):
@@ -1416,9 +1393,13 @@ def minus(a, b):
 def sentence(runs, summary, name, opening, larger, smaller):
     """The conclusion: `name` at the smallest and the largest alpha, at the lowest level that every run has, and what
     their paired difference says: `larger` where its interval lies above 0, `smaller` where below."""
-    a, b, level = f"{min(runs):g}", f"{max(runs):g}", passed_by_all(runs, summary, name)
+    a, b, level = f"{min(runs):g}", f"{max(runs):g}", None
     if a == b:
         return "One alpha is no comparison: --alpha 1 100 makes one."
+    for lower in summary["alphas"][a]["levels"]:  # highest first
+        rows = [summary["alphas"][f"{alpha:g}"]["levels"].get(lower, {}) for alpha in runs]
+        if all(name in row and row[name]["n"] == len(seeds) for row, seeds in zip(rows, runs.values())):
+            level = lower
     if level is None:
         return "No loss level was passed by every run yet: nothing is concluded."
     rich, lazy = (summary["alphas"][alpha]["levels"][level][name]["mean"] for alpha in (a, b))
@@ -1433,16 +1414,6 @@ def sentence(runs, summary, name, opening, larger, smaller):
     if high < 0:
         verdict = smaller
     return f"{text}, paired difference {cell(difference)}: {verdict}."
-
-
-def passed_by_all(runs, summary, name):
-    """The lowest level at which every run has a value of `name`, as text; None if there is none."""
-    lowest = None
-    for level in summary["alphas"][f"{min(runs):g}"]["levels"]:  # highest first
-        rows = [summary["alphas"][f"{alpha:g}"]["levels"].get(level, {}) for alpha in runs]
-        if all(name in row and row[name]["n"] == len(runs[alpha]) for row, alpha in zip(rows, runs)):
-            lowest = level
-    return lowest
 
 
 def print_table(title, rows, columns):

@@ -289,12 +289,6 @@ def need_cells(y, attribute, where):
             raise ValueError(f"no {where} image has label {cell[0]} and attribute {cell[1]}: an empty cell")
 
 
-def choose_cells(y, attribute, group_size, seed, where):
-    """{"00": indices, ...}: up to group_size examples of each (label, attribute), drawn with the seed."""
-    need_cells(y, attribute, where)
-    return {cell: common.draw_some(np.flatnonzero(in_cell(cell, y, attribute)), group_size, seed) for cell in CELLS}
-
-
 def with_correlation(y, attribute):
     """The cells with the majority of either label: ["00", "11"] where attribute and label mostly agree."""
     cells = []
@@ -398,11 +392,13 @@ def run(alpha, seed, images, o):
 
 
 def watch(images, name, inside, seed, o):
-    """The cells of one set that a probe evaluates, one after the other: {"x", "y", "sizes" of the four}."""
-    cells = choose_cells(images[f"y_{name}"][inside], images[f"attribute_{name}"][inside], o.group_size, seed,
-                         "test" if name == "test" else "training")
-    index = inside[np.concatenate(list(cells.values()))]
-    return {"x": common.on_device(images[f"x_{name}"][index], o), "sizes": [len(members) for members in cells.values()],
+    """Up to --group-size examples of each cell of one set (of those `inside`), drawn with the seed, which a probe
+    evaluates: {"x", "y", one cell after the other, "sizes" of the four}."""
+    y, attribute = images[f"y_{name}"][inside], images[f"attribute_{name}"][inside]
+    need_cells(y, attribute, "test" if name == "test" else "training")
+    cells = [common.draw_some(inside[in_cell(cell, y, attribute)], o.group_size, seed) for cell in CELLS]
+    index = np.concatenate(cells)
+    return {"x": common.on_device(images[f"x_{name}"][index], o), "sizes": [len(cell) for cell in cells],
             "y": torch.as_tensor(images[f"y_{name}"][index], device=o.device)}
 
 

@@ -87,23 +87,12 @@ def loss_of(f, y):
 
 
 def forward(theta, x):
-    """f_theta(x) of R networks, each on its own examples x (R, d, N) -> (R, 1, N), and its layers' inputs.
+    """f_theta(x) of R networks, each on its own examples x (R, d, N) -> (R, 1, N).
     theta: weights (R, outputs, inputs) and biases (R, outputs, 1) in turn."""
-    inputs = [x]  # of each layer: (R, inputs, N)
     for W, b in zip(theta[:-2:2], theta[1:-2:2]):
-        inputs.append(torch.baddbmm(b, W, inputs[-1]).relu())
+        x = torch.baddbmm(b, W, x).relu()
     W, b = theta[-2:]
-    return torch.baddbmm(b, W, inputs[-1]), inputs
-
-
-def tangent(theta0, inputs0, delta):
-    """grad f_theta0(x) . delta of R networks, (R, 1, N), by the product rule: a layer's delta acts on the
-    inputs that theta0 gives it, and what comes from below passes through theta0's ReLUs and weights."""
-    t = torch.baddbmm(delta[1], delta[0], inputs0[0])
-    for h, W0, W, b in zip(inputs0[1:], theta0[2::2], delta[2::2], delta[3::2]):
-        t = torch.ops.aten.threshold_backward(t, h, 0)  # t where the ReLU was active, else 0
-        t = torch.baddbmm(torch.baddbmm(b, W, h), W0, t)
-    return t
+    return torch.baddbmm(b, W, x)
 
 
 class Batch:
@@ -117,17 +106,17 @@ class Batch:
             self.theta0.append(torch.stack(same).detach().view(len(runs), len(same[0]), -1))
         x = torch.stack([points(run, o)[0] for run in runs]).to(o.device, o.dtype)  # (R, N, d)
         self.x, self.y = x.mT.contiguous(), label(x)[0][:, None]
-        self.f0, self.inputs0 = forward(self.theta0, self.x)  # never change: computed once
+        self.f0 = forward(self.theta0, self.x)  # never changes: computed once
         self.theta = [p.clone().requires_grad_() for p in self.theta0]
         if alpha == math.inf:
             self.theta = [torch.zeros_like(p).requires_grad_() for p in self.theta0]
 
     def loss(self):
         """The training loss of every run, (R,)."""
-        if self.alpha == math.inf:
-            f = tangent(self.theta0, self.inputs0, self.theta)
+        if self.alpha == math.inf:  # grad f_theta0(x) . delta
+            f = torch.func.jvp(lambda theta: forward(theta, self.x), (self.theta0,), (self.theta,))[1]
         else:
-            f = self.alpha * (forward(self.theta, self.x)[0] - self.f0)
+            f = self.alpha * (forward(self.theta, self.x) - self.f0)
         return loss_of(f, self.y).mean((1, 2))
 
     def step(self, loss):
@@ -144,7 +133,7 @@ class Batch:
         """Drop the runs that are not at `places`; what trains goes on in fresh leaves."""
         self.runs = [self.runs[place] for place in places]
         self.x, self.y, self.f0 = self.x[places], self.y[places], self.f0[places]
-        self.theta0, self.inputs0 = [p[places] for p in self.theta0], [h[places] for h in self.inputs0]
+        self.theta0 = [p[places] for p in self.theta0]
         self.theta = [p.detach()[places].requires_grad_() for p in self.theta]
 
     @torch.no_grad()

@@ -42,6 +42,9 @@ def test_bad_constants(tmp_path, std):
     np.savez(tmp_path / "own.npz", **tiny_arrays(), mean=[.1, .2, .3], std=std)
     with pytest.raises(ValueError, match="std must be"):
         common.load_images(str(tmp_path / "own.npz"))
+    np.savez(tmp_path / "own.npz", **tiny_arrays(), std=[.4, .5, .6])
+    with pytest.raises(ValueError, match="mean and std; they come together"):
+        common.load_images(str(tmp_path / "own.npz"))
 
 
 def test_channels_first_are_warned_about(tmp_path, capsys):

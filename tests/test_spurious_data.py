@@ -442,14 +442,25 @@ def test_hostile_archives(tmp_path, members):
 def test_cells_unequal_and_empty():
     y = np.array([0] * 200 + [0] * 3 + [1] * 56 + [1] * 300)
     a = np.array([0] * 200 + [1] * 3 + [0] * 56 + [1] * 300)
-    cells = spurious.choose_cells(y, a, 150, 0, "training")
-    assert {c: len(i) for c, i in cells.items()} == {"00": 150, "01": 3, "10": 56, "11": 150}
-    for c, i in cells.items():
-        assert (y[i] == int(c[0])).all() and (a[i] == int(c[1])).all() and (np.diff(i) > 0).all()
-    again = spurious.choose_cells(y, a, 150, 1, "training")
-    assert not np.array_equal(cells["11"], again["11"])
+    number = np.arange(len(y))
+    x = np.stack([number // 256, number % 256], 1).astype(np.uint8)[:, None, None]  # an image tells which it is
+
+    def drawn(seed, keep=number):
+        images = {"x_test": x, "y_test": y, "attribute_test": a}
+        cells = spurious.watch(images, "test", keep, seed, types.SimpleNamespace(group_size=150, device="cpu"))
+        index = (256 * cells["x"][:, 0, 0, 0].int() + cells["x"][:, 1, 0, 0]).numpy()
+        assert np.array_equal(cells["y"], y[index])
+        return cells["sizes"], np.split(index, np.cumsum(cells["sizes"])[:-1])
+
+    sizes, cells = drawn(0)
+    assert sizes == [150, 3, 56, 150]
+    for name, index in zip(("00", "01", "10", "11"), cells):
+        assert (y[index] == int(name[0])).all() and (a[index] == int(name[1])).all() and (np.diff(index) > 0).all()
+    assert not np.array_equal(cells[3], drawn(1)[1][3])
+    inside = np.delete(number, np.arange(100))
+    assert min(drawn(0, inside)[1][0]) >= 100
     with pytest.raises(ValueError, match="no test image has label 0 and attribute 1"):
-        spurious.choose_cells(np.delete(y, [200, 201, 202]), np.delete(a, [200, 201, 202]), 150, 0, "test")
+        drawn(0, np.delete(number, [200, 201, 202]))
 
 
 def test_with_correlation():
