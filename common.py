@@ -1175,13 +1175,12 @@ def read_runs(folder):
     for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
         records, args = read_log(path.parent), read_args(path.parent)
         first = first or args
-        compare(args, {key: first["run"][key] for key in first["run"] if key != "theta0_crc32"}, path.parent)
+        alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
+        start = theta0.setdefault(seed, args["run"].get("theta0_crc32"))  # one for a seed, under every alpha
+        compare(args, {**first["run"], "theta0_crc32": start}, path.parent)
         for record in records:
             if set(records[0]) - set(record) - {*LINEARITY, "ended"}:
                 raise damaged(path)
-        alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
-        start = {"theta0_crc32": theta0.setdefault(seed, args["run"].get("theta0_crc32"))}
-        compare(args, start, path.parent)  # of one seed, under every alpha
         if records:
             runs.setdefault(float(alpha), {})[int(seed)] = records
     if not runs:
