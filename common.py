@@ -21,23 +21,20 @@ import concurrent.futures
 import contextlib
 import copy
 import datetime
-import difflib
 import functools
 import io
 import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
 import time
-import types
 import warnings
-import zipfile
 import zlib
 
 import numpy as np
@@ -643,12 +640,12 @@ def load_images(dataset, data_dir="data"):
         return with_statistics(synthetic())
     if str(dataset).endswith(".npz"):
         return with_statistics(check_images(read_npz(dataset), dataset))
-    raise ValueError(f"--dataset {dataset}: {near(dataset, ['cifar10', 'synthetic'])} or a file FILE.npz")
+    raise ValueError(f"--dataset {dataset}: must be cifar10, synthetic or a file FILE.npz")
 
 
 def with_statistics(images):
     """Add the training pixels' own mean and standard deviation per channel, of pixels in [0, 1], if it has none."""
-    if "mean" in images and "std" in images:
+    if "mean" in images:
         return images
     mean, std, value = [], [], np.arange(256) / 255
     for channel in np.moveaxis(images["x_train"], 3, 0):
@@ -681,25 +678,15 @@ def fetching(what, address, files, folder, instead=""):
 
 
 def read_npz(path):
-    """The arrays of an .npz, without ever unpickling; ValueError or OSError in one line for whatever else it holds."""
-    if not os.path.exists(path):
-        raise OSError(f"{path}: no such file")
+    """The arrays of an .npz, without ever unpickling. OSError: no such file; ValueError: it cannot be read."""
     try:
-        with open(path, "rb") as raw:
-            if not zipfile.is_zipfile(raw):
-                raise ValueError("not a zip archive")
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        for name, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # a member that is no .npy comes as bytes
-                raise ValueError(f"its member {name} is no array")
-        return arrays
-    except PermissionError:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in file.files}
+    except OSError:
         raise
-    except Exception as e:  # hostile bytes make numpy and zipfile raise nearly anything, MemoryError included
-        reason = "it claims more data than fits into memory" if isinstance(e, MemoryError) else first_line(e)
-        raise ValueError(f"{path}: not a readable .npz file (truncated, damaged or another format: "
-                         f"{reason[:150]})") from None
+    except Exception as error:  # damaged bytes make numpy and zipfile raise nearly anything
+        reason = (str(error) or type(error).__name__).split("\n")[0][:150]
+        raise ValueError(f"{path}: not a readable .npz file ({reason})") from None
 
 
 def check_images(images, path):
@@ -721,28 +708,26 @@ def check_images(images, path):
         checked[f"y_{split}"] = y.astype(np.int64)
     x, y = checked["x_train"], checked["y_train"]
     need(x.shape[1:] == checked["x_test"].shape[1:], f"images of x_train are {x.shape[1:]}, those of x_test differ")
+    need(x.shape[3] in (1, 3, 4), f"images have {x.shape[3]} channels, not 1, 3 or 4; the channels come last")
     classes = len(np.unique(y))
     need(classes > 1 and y.min() == 0 and y.max() == classes - 1,
          f"y_train must run from 0 to the number of classes - 1, each present; it has {y.min()} to {y.max()}, "
          f"{classes} different")
     need(0 <= checked["y_test"].min() and checked["y_test"].max() < classes,
          f"y_test has a label outside 0 to {classes - 1}, the labels of y_train")
-    if x.shape[3] not in (1, 3, 4):
-        print(f"warning: {path}: images have {x.shape[3]} channels; the channels come last")
     need(("mean" in images) == ("std" in images), "has one of mean and std; they come together")
     for name in images.keys() & {"score_train", "score_test", "attribute_train", "attribute_test", "mean", "std"}:
-        values, what = images[name], name.split("_")[0]
-        wanted = {"attribute": "0 or 1", "std": "numbers above 0"}.get(what, "finite numbers")
-        count = x.shape[3] if what in ("mean", "std") else len(checked[name.replace(what, "y")])
-        good = values.dtype.kind in "biuf" and values.shape == (count,) and np.isfinite(values).all()
-        if good and what == "attribute":
-            good = np.isin(values, (0, 1)).all()
-        if good and what == "std":
-            good = (values > 0).all()
-        need(good, f"{name} must be {wanted}, {count} of them; it is {values.dtype} {values.shape}")
-        checked[name] = values.astype(np.int64 if what == "attribute" else np.float64)
-        if what in ("mean", "std"):
-            checked[name] = checked[name].tolist()
+        values, (what, _, split) = images[name], name.partition("_")
+        count = len(checked[f"y_{split}"]) if split else x.shape[3]
+        need(values.dtype.kind in "biuf" and values.shape == (count,) and np.isfinite(values).all(),
+             f"{name} must be finite numbers, {count} of them; it is {values.dtype} {values.shape}")
+        low, high = {"score": (-np.inf, np.inf), "attribute": (0, 1), "mean": (0, 1), "std": (1e-6, .5)}[what]
+        need(low <= values.min() and values.max() <= high,  # pixels in [0, 1] cannot deviate by more than .5
+             f"{name} must be from {low:g} to {high:g}; it is {values.min():g} to {values.max():g}")
+        if what == "attribute":
+            need(np.isin(values, (0, 1)).all(), f"{name} must be 0 or 1")
+            values = values.astype(np.int64)
+        checked[name] = values.tolist() if what in ("mean", "std") else values
     return checked
 
 
@@ -838,84 +823,89 @@ class Run:
     momentum, iteration, records: all that changes while it trains).
 
     examples: how many there are to train on. linearity: called at every fifth probe.
-    Raises ValueError: the folder holds another run, or records without their checkpoint. OSError: it cannot be written.
+    Raises ValueError: --out holds another run, or records without their checkpoint. OSError: it cannot be written.
     """
 
-    def __init__(self, o, seed, f, optimizer, images, examples, linearity):
+    def __init__(self, o, seed, f, optimizer, examples, linearity):
         self.o, self.seed, self.optimizer, self.examples, self.linearity = o, seed, optimizer, examples, linearity
         self.steps_an_epoch = examples // o.batch_size  # the last incomplete batch is dropped
         self.total = o.epochs * self.steps_an_epoch
-        self.iteration, self.seconds, self.records, self.step = 0, 0.0, [], None
+        self.iteration, self.seconds, self.records = 0, 0.0, []
+        self.folder = folder_of(o, f.alpha, seed)
+        args = {**identity(o), "network": name_of(f.model0)}
+        check_out(o, args)
         self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
-        self.folder = run_folder(o, folder_of(o, f.alpha, seed), images, f.model0.parameters())
         if o.momentum:
             for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 self.tensors.append(optimizer.state[p]["momentum_buffer"])
-        if (self.folder / "checkpoint.pt").exists():
+        if needs_training(self.folder, o) and (self.folder / "checkpoint.pt").exists():
             self.load()
-        else:
-            refuse_without_checkpoint(self.folder)
+        write_args(self.folder, args)
 
     def minibatches(self, probe):
         """Yield the indices of minibatch after minibatch; probe() returns the script's part of a record, with
         mean_train_loss. The order of an epoch depends on (seed, epoch) alone."""
-        o, due = self.o, schedule(self.steps_an_epoch, self.total)
-        if finished(self.records, o):
+        o, due, order, shown = self.o, schedule(self.steps_an_epoch, self.total), None, 0
+        if not needs_training(self.folder, o):
             return
         if not self.records:
             self.save()
-        progress, saved = Progress(self.folder.name, self.total), time.monotonic()
-        begin, shuffled = time.monotonic() - self.seconds, None
+        saved, begin = time.monotonic(), time.monotonic() - self.seconds
         while True:
-            self.seconds = time.monotonic() - begin
+            now = time.monotonic()
+            self.seconds = now - begin
             if self.iteration in due or self.iteration >= self.total:
-                self.look(probe, progress)
+                self.look(probe)
                 if "ended" in self.records[-1]:
                     break
-            if time.monotonic() - saved >= o.checkpoint_seconds:
+            if now - saved >= o.checkpoint_seconds:
                 self.save()
-                saved = time.monotonic()
+                saved = now
+            if now - shown > .5:
+                self.show()
+                shown = now
             epoch, k = divmod(self.iteration, self.steps_an_epoch)
-            if epoch != shuffled:
+            if k == 0 or order is None:
                 order = torch.randperm(self.examples, generator=generator(f"order {epoch}", self.seed)).to(o.device)
-                shuffled = epoch
             yield order[k * o.batch_size:(k + 1) * o.batch_size]
             self.iteration += 1
-            loss = self.records[-1]["mean_train_loss"]
-            progress.status(self.iteration, f"iteration {self.iteration}  loss {loss:.4f}")
         self.save()
-        noise = [record.get("update_noise") or 0.0 for record in self.records if "update_noise" in record]
-        if noise and np.median(noise) > .02:
-            progress.line(f"warning: rounding swallows part of each step (update_noise {np.median(noise):.2g}, median, "
-                          "above .02): use --dtype float64, or --alpha inf")
 
-    def look(self, probe, progress):
+    def look(self, probe):
         """Take one record; `ended` in it says why the run is over."""
         record = {"iteration": self.iteration, "epoch": self.iteration / self.steps_an_epoch,
                   "seconds": round(self.seconds, 3), **probe()}
         loss, ended = record["mean_train_loss"], None
         recent = [earlier["mean_train_loss"] for earlier in self.records[-4:]] + [loss]
+        start = self.records[0]["mean_train_loss"] if self.records else loss
         if not math.isfinite(loss):
             ended = "diverged"
         elif self.iteration >= self.total:
-            ended = "epochs"
+            ended = "diverged" if np.mean(recent) > 2 * start > 0 else "epochs"
         elif len(recent) == 5 and np.mean(recent) < self.o.stop_loss:
             ended = "stop-loss"
-        if ended != "diverged" and (ended or len(self.records) % 5 == 0):
+        if math.isfinite(loss) and (ended or len(self.records) % 5 == 0):
             record.update(self.linearity())
-            batch = torch.arange(self.o.batch_size, device=self.o.device)
-            record["update_noise"] = update_noise(self.optimizer, lambda: self.step(batch))
         if ended:
             record["ended"] = ended
         self.records.append(json.loads(json_line(record)))
-        with naming_out(self.folder), open(self.folder / "log.jsonl", "ab") as log:
-            log.write(json_line(record))
-        shown = [f"{key} {record[key]:>7.4f}" for key in ("mean_train_loss", "test_loss", "test_acc") if key in record]
-        where = f"iteration {self.iteration:>7}  epoch {record['epoch']:>7.2f}"
-        progress.status(self.iteration, "  ".join([where, *shown]), probe=True)
+        write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
+        self.show(probe=True)
+        if ended and sys.stdout.isatty():
+            print()
         if ended == "diverged":
-            progress.line(f"diverged at iteration {self.iteration} (its loss is no finite number): try a smaller --lr")
+            print(f"{self.folder.name}: diverged, its loss went from {start:.3g} to {loss:.3g}: try a smaller --lr in "
+                  "another --out", flush=True)
+
+    def show(self, probe=False):
+        """Say how far the run is, and how long it will take at most (it may end before its last iteration)."""
+        left = datetime.timedelta(seconds=int(self.seconds / max(self.iteration, 1) * (self.total - self.iteration)))
+        text = f"{self.folder.name:<18} iteration {self.iteration:>7}  epoch {self.iteration / self.steps_an_epoch:>7.2f}"
+        for key in ("mean_train_loss", "test_loss", "test_acc"):
+            if self.records[-1].get(key) is not None:
+                text += f"  {key} {self.records[-1][key]:>7.4f}"
+        progress(f"{text}  at most {left} left", probe)
 
     def save(self):
         buffer = io.BytesIO()
@@ -925,28 +915,35 @@ class Run:
 
     @torch.no_grad()
     def load(self):
-        """Take up checkpoint.pt: its tensors, and log.jsonl as its records have it."""
+        """Take up checkpoint.pt."""
         path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.iteration, self.seconds, self.records = state["iteration"], state["seconds"], state["records"]
+            self.iteration, self.seconds = state["iteration"], state["seconds"]
             for mine, saved in zip(self.tensors, state["tensors"], strict=True):
                 mine.copy_(saved)
-        except Exception as e:  # damaged bytes make zipfile and torch raise nearly anything
-            raise ValueError(f"{path} cannot be read ({first_line(e)[:100]}): choose another --out, or delete the "
-                             f"folder {self.folder}") from None
-        if not finished(self.records, self.o):  # what was probed here is probed again, if it is on the schedule
-            self.records = [record for record in self.records if record["iteration"] < self.iteration]
-        write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
+        except Exception as error:  # damaged bytes make zipfile and torch raise nearly anything
+            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0][:100]}): choose another --out, or "
+                             f"delete the folder {self.folder}") from None
+        # What was probed here is probed again, if it is on the schedule.
+        self.records = [record for record in state["records"] if record["iteration"] < self.iteration]
 
 
-def finished(records, o):
-    """Whether a run's records and these options leave nothing to train. (More epochs, or a lower stop-loss, do.)"""
-    if not records or "ended" not in records[-1]:
-        return False
-    recent = [record["mean_train_loss"] for record in records[-5:]]
-    return (records[-1]["ended"] == "diverged" or records[-1]["epoch"] >= o.epochs
-            or records[-1]["ended"] == "stop-loss" and np.mean(recent) < o.stop_loss)
+def needs_training(folder, o):
+    """Whether these options leave something to train. (More epochs, or a lower stop-loss, do.) ValueError: records of
+    an unfinished run without the checkpoint to go on from; they would be lost."""
+    records = read_log(folder)
+    if records and "ended" in records[-1]:
+        recent = [record["mean_train_loss"] for record in records[-5:]]
+        ended = records[-1]["ended"]
+        if ended == "diverged" or records[-1]["epoch"] >= o.epochs:
+            return False
+        if ended == "stop-loss" and np.mean(recent) < o.stop_loss:
+            return False
+    if records and not (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go on: choose "
+                         "another --out, or delete that folder")
+    return True
 
 
 def schedule(steps_an_epoch, total):
@@ -961,57 +958,46 @@ def schedule(steps_an_epoch, total):
 
 
 class Linearity:
-    """The measures of linearity against theta0, on examples x (N, ...) with labels y (N,): make it at theta0, call it
-    later. At a = inf the network never leaves theta0."""
+    """The measures of linearity against theta0, on examples x (N, ...): make it at theta0, call it later. A measure
+    that the network does not admit (no nn.ReLU: no signs) is said once and left out."""
 
-    def __init__(self, f, x, y):
-        self.f, self.x, self.y = f, x, y
+    def __init__(self, f, x):
+        self.f, self.x, self.refused = f, x, set()
         model = getattr(f, "model", None)
-        if model is None:  # a = inf keeps theta0 alone, frozen
+        if model is None:  # a = inf keeps theta0 alone, frozen, and never leaves it
             model = copy.deepcopy(f.model0)
             for name, p in model.named_parameters():
                 p.requires_grad_(name in f.names)
         self.start = self.measure(model)
 
     def measure(self, model):
-        return empirical_ntk(model, self.x), relu_signs(model, self.x), representation(model, self.x)
+        found = {}
+        for function in (empirical_ntk, relu_signs, representation):
+            try:
+                found[function.__name__] = function(model, self.x)
+            except ValueError as error:
+                if str(error) not in self.refused:
+                    print(f"warning: not measured: {error}", flush=True)
+                self.refused.add(str(error))
+        return found
 
     def __call__(self):
-        (K, signs, R), (K0, signs0, R0) = self.start, self.start
-        if self.f.alpha < math.inf:
-            K, signs, R = self.measure(self.f.model)
-        return {"ntk_alignment": kernel_alignment(K, K0), "sign_similarity": sign_similarity(signs, signs0),
-                "repr_alignment": representation_alignment(R, R0),
-                "repr_alignment_gram": representation_alignment(R, R0, gram=True),
-                "target_alignment": target_alignment(K, self.y),
-                "linearisation_error": linearisation_error(self.f, self.x)}
-
-
-@torch.no_grad()
-def update_noise(optimizer, step):
-    """What rounding does to a step: |applied - intended| / |intended|. Takes step() for real, then puts parameters and
-    momentum back. At large a the steps are small against theta: at a = 100 float32 loses .75 % of a first step."""
-    group = optimizer.param_groups[0]
-    parameters = group["params"]
-    velocities = [optimizer.state[p].get("momentum_buffer") for p in parameters]
-    changing = parameters + [v for v in velocities if v is not None]
-    before = [t.clone() for t in changing]
-    with torch.enable_grad():
-        step()
-    lost, whole = 0.0, 0.0
-    for p, old, velocity in zip(parameters, before, velocities):
-        intended = -group["lr"] * (p.grad if velocity is None else velocity).double()
-        lost += (p.double() - old.double() - intended).square().sum().item()
-        whole += intended.square().sum().item()
-    for t, old in zip(changing, before):
-        t.copy_(old)
-    return (lost / whole)**.5 if whole else math.nan
+        now = self.start if self.f.alpha == math.inf else self.measure(self.f.model)
+        record, there = {}, now.keys() & self.start.keys()
+        if "empirical_ntk" in there:
+            record["ntk_alignment"] = kernel_alignment(now["empirical_ntk"], self.start["empirical_ntk"])
+        if "relu_signs" in there:
+            record["sign_similarity"] = sign_similarity(now["relu_signs"], self.start["relu_signs"])
+        if "representation" in there:
+            R, R0 = now["representation"], self.start["representation"]
+            record["repr_alignment"] = representation_alignment(R, R0)
+            record["repr_alignment_gram"] = representation_alignment(R, R0, gram=True)
+        return {**record, "linearisation_error": linearisation_error(self.f, self.x)}
 
 
 def graphed(step, training):
     """The same step as one CUDA graph on a static index: no launch costs. On a CPU `step` itself."""
-    training.step = step
-    if training.o.device.type != "cuda" or finished(training.records, training.o):
+    if training.o.device.type != "cuda" or not needs_training(training.folder, training.o):
         return step
     index = torch.arange(training.o.batch_size, device=training.o.device)
     before = [t.detach().clone() for t in training.tensors]
@@ -1025,8 +1011,8 @@ def graphed(step, training):
         training.optimizer.zero_grad()
         with torch.cuda.graph(graph):
             step(index)
-    except RuntimeError as e:
-        print(f"warning: CUDA graph refused ({first_line(e)}); going on step by step, slower")
+    except RuntimeError as error:
+        print(f"warning: CUDA graph refused ({str(error).splitlines()[0]}); going on step by step, slower")
         return step
     finally:
         with torch.no_grad():  # undo the warm-up
@@ -1037,155 +1023,96 @@ def graphed(step, training):
         index.copy_(batch)
         graph.replay()
 
-    training.step = replay
     return replay
 
 
-class Progress:
-    """One status line on a terminal; into a file or pipe an aligned line a probe."""
-
-    quiet = False  # in a child of --jobs, whose parent has the status line
-
-    def __init__(self, name, total):
-        self.name, self.total, self.first, self.terminal = name, total, None, sys.stdout.isatty()
-        self.begin = self.shown = time.monotonic()
-
-    def status(self, done, text, probe=False):
-        """Say how far it is: on a terminal five times a second, elsewhere only of a probe."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = done  # a run that goes on does not begin at 0
-        if self.terminal:
-            probe = not self.quiet and now - self.shown >= .2
-        if not probe:
-            return
-        left, self.shown = "", now
-        if done > self.first:  # at most, since a run may end before its last iteration
-            seconds = int((now - self.begin) / (done - self.first) * (self.total - done))
-            left = f"at most {datetime.timedelta(seconds=seconds)} left"
-        if self.terminal:
-            print(f"\r{self.name}  {text}  {left} \033[K", end="", flush=True)
-        else:
-            print(f"{self.name:<18} {text}  {left}", flush=True)
-
-    def line(self, text):
-        if self.terminal:
-            print("\r\033[K", end="")
-        print(f"{self.name}: {text}", flush=True)
+def progress(text, probe=True):
+    """One status line on a terminal, each over the last; into a file or pipe a line a probe."""
+    if sys.stdout.isatty():
+        print(f"\r{text[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+    elif probe:
+        print(text, flush=True)
 
 
 # What a run is, and its files.
 
-
-def identity(o, images):
-    """What a run is ("run": script, options that are part of it, data) and what is good to know beside it."""
-    run = {"script": o.script, **{name: getattr(o, name) for name in o.part_of_run}, "dtype": str(o.dtype)[6:],
-           "data_crc32": crc32([np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray))])}
-    return {"run": run, "script_crc32": o.script_crc32, "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
-            "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0],
-            # toy.py writes this before side_by_side sets its one thread.
-            "device": str(o.device), "threads": 1 if o.script == "toy" else torch.get_num_threads()}
+FACTS = ("dataset", "device", "threads", "torch", "numpy", "python", "script_crc32")  # good to know, but may differ
 
 
-def run_folder(o, folder, images, theta0):
-    """The folder of one run, made and marked by its args.json. ValueError: it holds another run, or one of the same
-    seed began at another theta0."""
-    args = {"folder": folder.name, **identity(o, images)}
-    args["run"]["theta0_crc32"] = crc32(theta0)
-    seed = folder.name.partition("_")[2]  # toy.py's folders hold all seeds
-    for path in sorted(folder.parent.glob(f"alpha=*{seed}/args.json")):
-        compare(read_args(path.parent), args["run"], path.parent)
-    with naming_out(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "log.jsonl").exists():
-        read_args(folder)  # refused if it is missing
+def identity(o):
+    """What goes into args.json: the script, the options that change a run's numbers, the loss, a checksum of the data,
+    and some facts."""
+    run = {name: value for name, value in vars(o).items() if name not in MAY_DIFFER}
+    return {**run, "dtype": str(o.dtype)[6:], "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
+            "device": str(o.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "numpy": np.__version__, "python": sys.version.split()[0]}
+
+
+def check_out(o, args):
+    """Compare every run in --out with `args`; ValueError names a folder that holds another, and the first difference.
+    Returns the names of the folders whose run is by another text of the script."""
+    others = []
+    for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
+        if compare(path.parent, args).get("script_crc32") != args["script_crc32"]:
+            others.append(path.parent.name)
+    return others
+
+
+def compare(folder, args):
+    """The args.json of a folder. ValueError if it is of another run, by what both know of it, or cannot be read."""
+    there = read_args(folder)
+    for key in args.keys() & there.keys() - set(FACTS):
+        if there[key] != args[key]:
+            raise ValueError(f"{folder} holds a run with {key} = {there[key]}, not {args[key]}: choose another --out, or "
+                             "delete that folder")
+    return there
+
+
+def write_args(folder, args):
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "args.json").exists():
         write_atomically(folder / "args.json", json_line(args))
-    return folder
-
-
-def refuse_without_checkpoint(folder):
-    """ValueError if a folder has records but not the checkpoint to go on from: they would be overwritten."""
-    if read_log(folder) and not zipfile.is_zipfile(folder / "checkpoint.pt"):
-        raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, or a damaged one, so it "
-                         "cannot go on: choose another --out, or delete that folder")
-
-
-def check_folder(o, images):
-    """Compare what would be trained with every run in --out, and read its records, since all will be drawn.
-    ValueError: one is another run, or damaged; warning: one is by another text of the script."""
-    args, others = identity(o, images), []
-    for folder in sorted(pathlib.Path(o.out).glob("alpha=*")):
-        if (folder / "args.json").exists() or (folder / "log.jsonl").exists():
-            there = read_args(folder)
-            compare(there, args["run"], folder)
-            read_log(folder, needed=())
-            if there.get("script_crc32") != args["script_crc32"]:
-                others.append(folder.name)
-    if others:
-        print(f"warning: {len(others)} run(s) in {o.out} are by another text of {o.script}.py: {' '.join(others)[:60]}")
-
-
-def compare(there, run, folder):
-    """ValueError if the run that a folder holds is another than `run`, naming the first difference."""
-    for key, value in run.items():
-        if there["run"].get(key) != value:
-            raise ValueError(f"{folder} holds a run with {key} = {there['run'].get(key)}, not {value}: choose another "
-                             "--out, or delete that folder")
-
-
-def damaged(path):
-    return ValueError(f"{path} is missing or damaged: choose another --out, or delete the folder {path.parent}")
 
 
 def read_args(folder):
-    """A run folder's args.json as a dict. ValueError: missing, damaged, or of a folder of another name."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        if args["folder"] != folder.name or not isinstance(args["run"], dict):
+        return {**args, **args.get("run", {})}  # earlier versions nested what is compared
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise ValueError(f"{folder}/args.json is missing or damaged: choose another --out, or delete {folder}") from None
+
+
+def read_log(folder):
+    """The records of a folder's log.jsonl, none if there is no such file. ValueError: they cannot be read."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        ascending = [record["iteration"] for record in records if "mean_train_loss" in record]
+        if not records or ascending != sorted({record["iteration"] for record in records}):
             raise ValueError
-        return args
-    except (OSError, ValueError, KeyError, TypeError):
-        raise damaged(folder / "args.json") from None
-
-
-def read_log(folder, needed=("iteration", "epoch", "mean_train_loss")):
-    """The records of a folder's log.jsonl, each with what is `needed` and a number or null for all but `ended`; a
-    half-written last line is left out. ValueError: it is damaged."""
-    path, records = folder / "log.jsonl", []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-            good = set(needed) <= set(record) and all(
-                isinstance(value, (int, float, type(None))) for key, value in record.items() if key != "ended")
-        except (ValueError, TypeError, AttributeError):
-            good = False
-        if not good or None in (record.get("iteration", 0), record.get("epoch", 0)):
-            raise damaged(path)
-        records.append(record)
-    return records
+        return records
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: choose another --out, or delete the folder {folder}") from None
 
 
 def read_runs(folder):
     """The records of every run in a folder, {alpha: {seed: [record, ...]}}, ascending; for notebooks, too.
     ValueError: there are none, one is damaged, or they differ in more than alpha and seed."""
-    runs, first, theta0 = {}, None, {}
+    runs, first = {}, None
     for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
-        records, args = read_log(path.parent), read_args(path.parent)
-        first = first or args
+        first = first or read_args(path.parent)
+        compare(path.parent, first)
         alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
-        start = theta0.setdefault(seed, args["run"].get("theta0_crc32"))  # one for a seed, under every alpha
-        compare(args, {**first["run"], "theta0_crc32": start}, path.parent)
-        for record in records:
-            if set(records[0]) - set(record) - {*LINEARITY, "ended"}:
-                raise damaged(path)
-        if records:
-            runs.setdefault(float(alpha), {})[int(seed)] = records
+        runs.setdefault(float(alpha), {})[int(seed)] = read_log(path.parent)
     if not runs:
         raise ValueError(f"{folder}: there are no records of runs (--out)")
     return {alpha: dict(sorted(runs[alpha].items())) for alpha in sorted(runs)}
+
+
+def folder_of(o, alpha, seed):
+    return pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
 
 
 def json_line(entry):
@@ -1195,41 +1122,29 @@ def json_line(entry):
 
 
 def write_atomically(path, data):
-    """Write bytes to a temporary file, flush it to the disk and rename it to `path`: whole, or not at all."""
+    """Write bytes to a temporary file and rename it to `path`: whole, or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with naming_out(path):
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def naming_out(path):
-    """Turn what a full disk or a read-only folder raises into one line that names --out."""
     try:
-        yield
-    except OSError as e:
-        raise OSError(f"{path} could not be written ({e.strerror or e}): make room, or choose another --out") from None
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def crc32(arrays):
-    """Checksum of arrays or tensors, to tell whether data or an initialisation is the same as before."""
+    """Checksum of arrays, to tell whether data is the same as before."""
     value = 0
     for array in arrays:
-        if isinstance(array, torch.Tensor):
-            array = array.detach().cpu().numpy()
         value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 
-def first_line(e):
-    """What an exception says, on one line; its type if it says nothing."""
-    return str(getattr(e, "reason", e)).strip().split("\n")[0] or type(e).__name__
+def name_of(thing):
+    """How args.json and the pictures call a loss or a network: a function's name, a module's class; nn.Sequential is
+    called by its last module's."""
+    while isinstance(thing, nn.Sequential):
+        thing = thing[-1]
+    return getattr(thing, "__name__", type(thing).__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1237,23 +1152,19 @@ def first_line(e):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-LINEARITY = ("sign_similarity", "repr_alignment", "repr_alignment_gram", "ntk_alignment", "target_alignment",
-             "linearisation_error", "update_noise")
-
-
 def smooth(values):
     """The centred average over five probes, (n,) -> (n - 2,): the window shrinks at the start, and the last two are not
     read, so that a reading does not change when the run goes on."""
-    values = np.asarray(values, float)
     averages = []
     for k in range(len(values) - 2):
         reach = min(k, 2)
-        averages.append(values[k - reach:k + reach + 1].mean())
+        averages.append(np.mean(values[k - reach:k + reach + 1]))
     return np.array(averages)
 
 
 def curve(records):
-    """A run's records as {key: array (n,)}, smoothed along the run; what every fifth probe measures is nan between.
+    """A run's records as {key: array (n,)}, smoothed along the run. What is measured at every fifth probe only is not
+    smoothed: a line between its neighbours, nan outside.
 
     Left out: the record at the end of the epochs, which is not on the schedule, and all from a loss that is not finite
     on."""
@@ -1261,262 +1172,289 @@ def curve(records):
     for record in records:
         if record["mean_train_loss"] is None:
             break
-        if record.get("ended") != "epochs":
+        if record.get("ended") not in ("epochs", "diverged"):
             finite.append(record)
     columns = {}
-    for key in records[0]:
-        if key not in LINEARITY and key != "ended":
-            columns[key] = smooth([r[key] for r in finite])  # numpy makes nan of None
-    for key in ("iteration", "epoch", *LINEARITY):
-        columns[key] = np.array([r.get(key) for r in finite[:-2]], float)
+    for key in {key for record in finite for key in record} - {"ended"}:
+        values = np.array([record.get(key) for record in finite], float)  # None becomes nan
+        if all(key in record for record in finite):
+            columns[key] = smooth(values)
+        else:
+            measured = np.flatnonzero(np.isfinite(values))
+            columns[key] = np.full(len(values), np.nan)
+            if len(measured):
+                columns[key] = np.interp(np.arange(len(values)), measured, values[measured], np.nan, np.nan)
+            columns[key] = columns[key][:-2]
     return columns
 
 
-def value_at(level, loss, quantity):
-    """`quantity` where `loss` first passes `level`, on a line in ln(loss) between the two probes around it; None if it
-    does not pass. loss, quantity: arrays (n,), smoothed; nan in quantity: not measured, its neighbours are taken."""
-    passed = np.flatnonzero(loss <= level)
-    if len(passed) == 0:
+def value_at(level, loss, quantity, rising=False):
+    """`quantity` where `loss` first passes `level`, on a line between the two probes around it; None if it does not.
+
+    rising: `loss` is an accuracy, and its first upward passage after its lowest value counts. Arrays (n,), smoothed."""
+    if len(loss) == 0:
         return None
-    measured = np.flatnonzero(np.isfinite(quantity))
-    before, after = measured[measured < passed[0]], measured[measured >= passed[0]]
-    if len(before) == 0 or len(after) == 0:
+    start = 0
+    passed = loss <= level
+    if rising:
+        start = int(np.argmin(loss))
+        passed = loss >= level
+    after = start + int(np.argmax(passed[start:]))
+    if not passed[after] or after == start:
         return None
-    a, b = before[-1], after[0]
-    # Where b was measured later, a jittering loss may be above the level again: its lowest value up to there counts.
-    lowest = max(loss[passed[0]:b + 1].min(), 1e-300)
-    share = math.log(loss[a] / level) / math.log(loss[a] / lowest)
-    return float(quantity[a] + share * (quantity[b] - quantity[a]))
+    share = (loss[after - 1] - level) / (loss[after - 1] - loss[after])
+    value = quantity[after - 1] + share * (quantity[after] - quantity[after - 1])
+    return float(value) if np.isfinite(value) else None
 
 
-def value_at_accuracy(level, accuracy, quantity):
-    """`quantity` at the first upward passage of `accuracy` through `level` after its lowest value, on a line between
-    the two probes around it; None if there is none. Arrays (n,), smoothed."""
-    if len(accuracy) == 0:
-        return None
-    lowest = int(np.argmin(accuracy))
-    passed = np.flatnonzero(accuracy[lowest:] >= level)
-    if len(passed) == 0 or passed[0] == 0:
-        return None
-    b = lowest + passed[0]
-    share = (level - accuracy[b - 1]) / (accuracy[b] - accuracy[b - 1])
-    return float(quantity[b - 1] + share * (quantity[b] - quantity[b - 1]))
+def loss_levels(runs):
+    """.95, .9, ... .05 times L0, and the paper's 1.0 and .5, as far as they lie below L0; highest first. L0 is the mean
+    training loss at the start, as the first record at the smallest alpha has it: ln C for cross-entropy."""
+    smallest = runs[min(runs)]
+    start = smallest[min(smallest)][0]["mean_train_loss"] or 0  # null if it is not finite
+    levels = {1.0, .5}
+    for k in range(1, 20):
+        levels.add(float(f"{k / 20 * float(f'{start:.3g}'):.3g}"))
+    return sorted((level for level in levels if 0 < level < start), reverse=True)
 
 
-def spread(values, interval=False):
-    """{"mean", "std", "n"} of the values that are not None; with interval=True also "interval" (95 %, Student's t)
-    from three on. None if there is no value."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return None
-    n, mean, std = len(values), float(np.mean(values)), None
-    if n > 1:
-        std = float(np.std(values, ddof=1))
-    result = {"mean": mean, "std": std, "n": n}
-    if interval and n > 2:
-        half = student_t(n - 1) * std / math.sqrt(n)
-        result["interval"] = [mean - half, mean + half]
+def readings(runs, derive=dict, on=("mean_train_loss",), accuracies=()):
+    """What every run shows where the losses `on` first pass each level, and the accuracies .8, .85, .9 and .95.
+
+    derive(curve) -> the curve with what follows from it, such as a gap. Returns rows, [{"alpha", "seed", "on", "level",
+    <each key of the curve>: number or None}, ...]; a level that a run does not pass has no row."""
+    levels = {key: loss_levels(runs) for key in on}
+    levels.update({key: [.8, .85, .9, .95] for key in accuracies})
+    rows = []
+    for alpha, seeds in runs.items():
+        for seed, records in seeds.items():
+            columns = derive(curve(records))
+            for key, values in levels.items():
+                for level in values:
+                    row = {"alpha": alpha, "seed": seed, "on": key, "level": level}
+                    for name, column in sorted(columns.items()):
+                        row[name] = value_at(level, columns[key], column, rising=key in accuracies)
+                    if row[key] is not None:
+                        rows.append(row)
+    return rows
+
+
+def differences(rows):
+    """Each alpha minus the largest, seed by seed, since a seed fixes everything but alpha.
+
+    Returns rows, [{"alpha", "minus", "on", "level", "quantity", "mean", "low", "high", "n"}, ...]: the mean over n
+    seeds and its 95 % interval (Student's t; None below three seeds)."""
+    largest, lazy, paired = max((row["alpha"] for row in rows), default=None), {}, {}
+    for row in rows:
+        if row["alpha"] == largest:
+            lazy[row["seed"], row["on"], row["level"]] = row
+    for row in rows:
+        other = lazy.get((row["seed"], row["on"], row["level"]))
+        if other is None or other is row:
+            continue
+        for name, value in row.items():
+            if name not in ("alpha", "seed", "on", "level") and value is not None and other.get(name) is not None:
+                paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(value - other[name])
+    result = []
+    for (alpha, on, level, name), values in paired.items():
+        mean, low, high = interval(values)
+        result.append({"alpha": alpha, "minus": largest, "on": on, "level": level, "quantity": name, "mean": mean,
+                       "low": low, "high": high, "n": len(values)})
     return result
 
 
+def interval(values):
+    """Mean and 95 % interval (Student's t) of some numbers; (mean, None, None) below three."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 3:
+        return mean, None, None
+    half = float(student_t(n - 1) * np.std(values, ddof=1) / n**.5)
+    return mean, mean - half, mean + half
+
+
 def student_t(freedom):
-    """The .975 quantile of Student's t, from a table; beyond it 1.96 + 2.4 / freedom, right to .006."""
+    """The .975 quantile of Student's t, from a table; beyond it 1.96 + 2.5 / freedom, right to .0014."""
     table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
              2.120, 2.110, 2.101, 2.093, 2.086]
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom
 
 
-def loss_levels(runs, more=()):
-    """.9, .8, ... .1 times L0, the paper's 1.0 and .5, and more, as far as they lie below L0; highest first. L0 is the
-    mean training loss at the start, as the first record at the smallest alpha has it: ln C for cross-entropy."""
-    smallest = runs[min(runs)]
-    start = float(f"{smallest[min(smallest)][0]['mean_train_loss'] or 0:.3g}")  # null if it is not finite
-    levels = {1.0, .5, *more}
-    for k in range(1, 10):
-        levels.add(k / 10 * start)
-    return sorted({float(f"{level:.3g}") for level in levels if level < start}, reverse=True)
+def rich_and_lazy(alphas):
+    """The two alphas that a claim compares: 1, or else the smallest, and the largest."""
+    return (1.0 if 1 in alphas and max(alphas) > 1 else min(alphas)), max(alphas)
 
 
-def summarise(runs, quantities, levels, on="mean_train_loss"):
-    """What quantities(curve) -> {name: array} and the linearity measures are where the loss `on` passes each level:
-    per alpha over seeds, and, since a seed fixes everything but alpha, paired by seed between alphas.
+def verdict(runs, rows, pairs, on, quantity, claim, about):
+    """The conclusion in a sentence: whether `quantity` at the rich alpha minus that at the lazy one is above 0 at both
+    of the two lowest levels of `on` that every run of the two has.
 
-    Returns {"alphas": {"1": {"levels": {"1.6": {name: {"mean", "std", "n"}}}}}, "paired": {"1 - 100": {"levels":
-    {"1.6": {name: {..., "interval"}}}}}}; a level that no run passes is absent.
-    """
-    def read(records):
-        columns, rows = curve(records), {}
-        arrays = {**quantities(columns), **{key: columns[key] for key in LINEARITY}}
-        for level in levels:
-            rows[f"{level:.3g}"] = {name: value_at(level, columns[on], array) for name, array in arrays.items()}
-        return rows
-
-    return over_seeds(runs, read)
-
-
-def over_seeds(runs, read):
-    """What read(records) -> {level: {name: number or None}} finds, per alpha over seeds and paired by seed."""
-    found, summary = {}, {"alphas": {}, "paired": {}}
-    for alpha, seeds in runs.items():
-        found[alpha] = {seed: read(records) for seed, records in seeds.items()}
-        summary["alphas"][f"{alpha:g}"] = {"levels": table(list(found[alpha].values()))}
-    for a, b in itertools.combinations(runs, 2):
-        differences = [subtract(found[a][seed], found[b][seed]) for seed in runs[a] if seed in runs[b]]
-        summary["paired"][f"{a:g} - {b:g}"] = {"levels": table(differences, interval=True)}
-    return summary
-
-
-def table(cells, interval=False):
-    """The spread over a list of {level: {name: number or None}}: {level: {name: spread}}, without what is empty."""
-    rows = {}
-    for level in cells[0] if cells else ():
-        row = {name: spread([cell[level][name] for cell in cells], interval) for name in cells[0][level]}
-        row = {name: value for name, value in row.items() if value}
-        if row:
-            rows[level] = row
-    return rows
-
-
-def subtract(one, other):
-    """The differences of two {level: {name: number or None}}."""
-    rows = {}
-    for level, row in one.items():
-        rows[level] = {name: minus(value, other[level][name]) for name, value in row.items()}
-    return rows
-
-
-def minus(a, b):
-    return None if a is None or b is None else a - b
-
-
-def sentence(runs, summary, name, opening, larger, smaller):
-    """The conclusion: `name` at the smallest and the largest alpha, at the lowest level that every run has, and what
-    their paired difference says: `larger` where its interval lies above 0, `smaller` where below."""
-    a, b, level = f"{min(runs):g}", f"{max(runs):g}", None
-    if a == b:
+    runs: {alpha: whatever has a length, the number of its runs}. rows: of readings, pairs: of differences. about: the
+    network and the loss."""
+    rich, lazy = rich_and_lazy(runs)
+    if rich == lazy:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    for lower in summary["alphas"][a]["levels"]:  # highest first
-        rows = [summary["alphas"][f"{alpha:g}"]["levels"].get(lower, {}) for alpha in runs]
-        if all(name in row and row[name]["n"] == len(seeds) for row, seeds in zip(rows, runs.values())):
-            level = lower
-    if level is None:
-        return "No loss level was passed by every run yet: nothing is concluded."
-    rich, lazy = (summary["alphas"][alpha]["levels"][level][name]["mean"] for alpha in (a, b))
-    difference = summary["paired"][f"{a} - {b}"]["levels"].get(level, {}).get(name, {})
-    text = f"{opening.format(level=level)} {rich:.3f} at alpha = {a} and {lazy:.3f} at alpha = {b}"
-    if "interval" not in difference:
-        return f"{text}; an interval takes three seeds of both: nothing is concluded."
-    low, high = difference["interval"]
-    verdict = "these runs do not show a difference"
-    if low > 0:
-        verdict = larger
-    if high < 0:
-        verdict = smaller
-    return f"{text}, paired difference {cell(difference)}: {verdict}."
+    common_levels = []
+    for level in sorted({row["level"] for row in rows}):
+        having = [row["alpha"] for row in rows if row["on"] == on and row["level"] == level]
+        if all(having.count(alpha) == len(runs[alpha]) for alpha in (rich, lazy)):
+            common_levels.append(level)
+    read = [row for row in pairs if (row["alpha"], row["on"], row["quantity"]) == (rich, on, quantity)
+            and row["level"] in common_levels[:2]]
+    if len(read) < 2:
+        return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer (--epochs); "
+                "where the loss does not fall, try a smaller --lr.")
+    found = " and ".join(f"{cell(row)} at {on} {row['level']:g}" for row in read)
+    text = (f"{about}: {quantity} at alpha = {rich:g} minus {quantity} at alpha = {lazy:g} is {found} (n = {read[0]['n']}).")
+    if None in [row["low"] for row in read]:
+        return f"{text} An interval takes three seeds: nothing is concluded of the claim that {claim}."
+    word = "is not shown by these runs"
+    if all(row["low"] > 0 for row in read):
+        word = "holds in these runs"
+    if all(row["high"] < 0 for row in read):
+        word = "is contradicted by these runs"
+    return f"{text} The claim that {claim} {word}."
 
 
-def print_table(title, rows, columns):
-    """Print rows {label: {column: what spread returned}} under a title: mean +- std (n), or mean [interval] (n)."""
-    print(f"\n{title}")
-    if not rows:
-        print("  no level is reached yet")
-        return
-    wide = max(8, *map(len, rows))
-    print(" " * wide + "".join(f"{column:>30}" for column in columns))
-    for label, row in rows.items():
-        print(f"{label:>{wide}}" + "".join(f"{cell(row.get(column)):>30}" for column in columns))
+def cell(row):
+    """A difference for a table: mean [95 % interval]."""
+    if row["low"] is None:
+        return f"{row['mean']:+.3f}"
+    return f"{row['mean']:+.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
-def print_claim(title, summary, name):
-    """One table for one claim: `name` at each level, a column for each alpha, then each alpha minus the largest."""
-    rows, columns = {}, []
-    largest = list(summary["alphas"])[-1]
-    for alpha, part in summary["alphas"].items():
-        columns.append(f"alpha = {alpha}")
-        for level, row in part["levels"].items():
-            rows.setdefault(level, {})[columns[-1]] = row.get(name)
-    for alpha in list(summary["alphas"])[:-1]:
-        columns.append(f"{alpha} - {largest}, paired")
-        for level, row in summary["paired"][f"{alpha} - {largest}"]["levels"].items():
-            rows[level][columns[-1]] = row.get(name)
-    end = rows.pop("end", None)
-    rows = dict(sorted(rows.items(), key=lambda row: -float(row[0])))
-    print_table(title, {**rows, "end": end} if end else rows, columns)
+def print_table(title, rows, pairs, on, quantity):
+    """Print `quantity` at each level of `on`: mean +- std over the runs of each alpha, then each alpha minus the
+    largest. The numbers of runs stand in the header, and in a cell that has fewer."""
+    columns = {}  # {header: {level: (n, text)}}
+    for row in rows:
+        if row["on"] == on and row.get(quantity) is not None:
+            columns.setdefault(f"alpha = {row['alpha']:g}", {}).setdefault(row["level"], []).append(row[quantity])
+    for levels in columns.values():
+        for level, values in levels.items():
+            std = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            levels[level] = len(values), f"{np.mean(values):.3f}{std}"
+    for row in pairs:
+        if row["on"] == on and row["quantity"] == quantity:
+            columns.setdefault(f"{row['alpha']:g} - {row['minus']:g}", {})[row["level"]] = row["n"], cell(row)
+    print(f"\n{title}\n{on:>18}", end="")
+    most = {header: max(n for n, _ in levels.values()) for header, levels in columns.items()}
+    for header in columns:
+        print(f"{f'{header} (n = {most[header]})':>30}", end="")
+    for level in sorted({level for levels in columns.values() for level in levels}, reverse=True):
+        print(f"\n{level:>18g}", end="")
+        for header, levels in columns.items():
+            n, text = levels.get(level, (most[header], "-"))
+            print(f"{text if n == most[header] else f'{text} ({n})':>30}", end="")
+    print()
 
 
-def cell(value):
-    """What `spread` returned, for a table: mean +- std (n), mean [interval] (n), or a dash."""
-    if not value:
-        return "-"
-    if "interval" in value:
-        low, high = value["interval"]
-        return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}] ({value['n']})"
-    if value["std"] is None:
-        return f"{value['mean']:.3f} (1)"
-    return f"{value['mean']:.3f} +- {value['std']:.3f} ({value['n']})"
+# Pictures, drawn at the levels. A colour and a marker belong to an alpha, the same everywhere: warm is rich, cold is
+# lazy, black is linear (Okabe and Ito's colours, apart for colour-blind readers, too).
+
+LOOK = {.1: ("#f0e442", "v"), .3: ("#8c510a", "<"), .5: ("#e69f00", "D"), 1.0: ("#d55e00", "o"), 3.0: ("#999999", "p"),
+        10.0: ("#cc79a7", "^"), 30.0: ("#009e73", ">"), 100.0: ("#0072b2", "s"), 1000.0: ("#56b4e9", "P"),
+        math.inf: ("#000000", "X")}
 
 
 def colour(alpha):
-    """A colour belongs to an alpha, the same in every figure: warm is rich, cold is lazy, black is linear. Apart for
-    colour-blind readers, too (Okabe and Ito)."""
-    from matplotlib import colormaps
-    known = {.5: "#e69f00", 1: "#d55e00", 10: "#cc79a7", 100: "#0072b2", 1000: "#56b4e9", math.inf: "#000000"}
-    return known[alpha] if alpha in known else colormaps["viridis"](.45 + .45 * math.tanh(math.log10(alpha) / 3))
+    return LOOK.get(alpha, ("#777777", "h"))[0]
+
+
+def marker(alpha):
+    return LOOK.get(alpha, ("#777777", "h"))[1]
 
 
 def alpha_label(alpha):
     return r"$\alpha = \infty$" if alpha == math.inf else rf"$\alpha = {alpha:g}$"
 
 
-def draw_band(ax, seeds, x, y, read=value_at, **style):
-    """Draw the smoothed y against the smoothed x for the runs {seed: records} of one alpha: one run as its curve, its
-    single probes faint behind it; several as mean and range, read at equal x as the tables are."""
-    curves = []
-    for records in seeds.values():
-        columns = curve(records)
-        if len(columns[x]) > 1:
-            curves.append(columns)
-            drawn = records
-    if len(curves) == 1:
-        measured = np.isfinite(curves[0][y])
-        ax.plot(curves[0][x][measured], curves[0][y][measured], **style)
-        if y not in LINEARITY:
-            probes = [(r[x], r[y]) for r in drawn if None not in (r[x], r[y])]
-            ax.plot(*np.array(probes).T, ".", color=style["color"], markersize=2, alpha=.3)
-    if len(curves) > 1:
-        low, high = max(c[x].min() for c in curves), min(c[x].max() for c in curves)
-        levels, band = np.linspace(low, high, 120)[1:-1], []
-        if x == "iteration":  # on a logarithmic axis: where the probes are
-            levels = curves[0][x][(curves[0][x] >= low) & (curves[0][x] <= high)]
-        for level in levels:
-            values = [read(level, columns[x], columns[y]) for columns in curves]
-            if None not in values:
-                band.append((level, np.mean(values), min(values), max(values)))
-        middle, mean, least, most = np.array(band).reshape(-1, 4).T
-        ax.plot(middle, mean, **style)
-        ax.fill_between(middle, least, most, color=style["color"], alpha=.18, linewidth=0)
+def draw(ax, rows, on, quantity, linestyle="-", name=""):
+    """`quantity` at the levels of `on`, a line an alpha: the mean over its runs, and their range as a band; training
+    goes to the right. name: written at the end of each line."""
+    for alpha in sorted({row["alpha"] for row in rows}):
+        values = {}
+        for row in rows:
+            if (row["alpha"], row["on"]) == (alpha, on) and row.get(quantity) is not None:
+                values.setdefault(row["level"], []).append(row[quantity])
+        most = max(map(len, values.values()), default=0)
+        levels = sorted((level for level in values if len(values[level]) == most), reverse=True)
+        if not levels:
+            continue
+        mean = [np.mean(values[level]) for level in levels]
+        style = dict(color=colour(alpha), linestyle=linestyle, marker=marker(alpha), markersize=4)
+        ax.plot(levels, mean, label=alpha_label(alpha), **style)
+        ax.fill_between(levels, [min(values[level]) for level in levels], [max(values[level]) for level in levels],
+                        color=colour(alpha), alpha=.18, linewidth=0)
+        if name:
+            ax.annotate(name, (levels[-1], mean[-1]), (3, 0), textcoords="offset points", va="center",
+                        color=colour(alpha))
+    if not ax.xaxis_inverted():
+        ax.invert_xaxis()
 
 
-def draw_linearity(similarity, error, runs, x):
-    """Two panels against x: the similarities to initialisation on [0, 1], and how far f^a is from its linearisation."""
-    styles = {"sign_similarity": "-", "repr_alignment": "--", "ntk_alignment": ":"}
-    for alpha, seeds in runs.items():
-        for key, style in styles.items():
-            draw_band(similarity, seeds, x, key, color=colour(alpha), linestyle=style)
-        draw_band(error, seeds, x, "linearisation_error", color=colour(alpha))
-    similarity.set(ylim=(0, 1.03), title="Similarity to initialisation")
-    error.set(ylim=(0, None), title="Distance from its own linearisation")
-    names = {"ReLU signs": "-", "representation": "--", "NTK": ":"}
-    legend_below(similarity, runs, names)
-    legend_below(error, runs, {})
+def draw_differences(ax, pairs, on, quantity):
+    """Each alpha minus the largest at every level, with its 95 % interval, and a line at 0."""
+    ax.axhline(0, color="black", linewidth=.8)
+    for row in pairs:
+        if row["on"] == on and row["quantity"] == quantity:
+            ax.plot(row["level"], row["mean"], marker(row["alpha"]), color=colour(row["alpha"]), markersize=4)
+            if row["low"] is not None:
+                ax.plot([row["level"]] * 2, [row["low"], row["high"]], color=colour(row["alpha"]), linewidth=1)
+    if not ax.xaxis_inverted():
+        ax.invert_xaxis()
 
 
-def legend_below(ax, alphas, styles):
-    """A legend under the axis labels, where it covers no curve: the colour of each alpha, then each line style."""
-    from matplotlib.lines import Line2D
-    handles = [Line2D([], [], color=colour(alpha), label=alpha_label(alpha)) for alpha in alphas]
-    handles += [Line2D([], [], color="#777777", linestyle=style, label=name) for name, style in styles.items()]
-    ax.legend(handles=handles, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(.5, -.16))
+def draw_similarities(ax, rows, on):
+    """The similarities to initialisation, on [0, 1]: signs of ReLUs, representation (R^T R), tangent kernel."""
+    draw(ax, rows, on, "sign_similarity", "-", "signs")
+    draw(ax, rows, on, "repr_alignment", "--", "repr.")
+    draw(ax, rows, on, "ntk_alignment", ":", "NTK")
+    ax.set(ylim=(0, 1.05), title="Similarity to initialisation")
+
+
+def draw_crosses(ax, points):
+    """The paper's own points, {alpha: {level: value}}, as crosses."""
+    for alpha, values in points.items():
+        ax.plot(list(values), list(values.values()), "x", color=colour(alpha), markersize=9, markeredgewidth=2)
+
+
+def draw_alphas(ax, rows, on, quantity, levels):
+    """`quantity` against alpha, at each of `levels`: mean and 95 % interval over runs; the exactly linear network,
+    alpha = inf, as a dashed line with its band."""
+    for level, shade in zip(levels, ("#d55e00", "#0072b2", "#009e73")):
+        values = {}
+        for row in rows:
+            if row["on"] == on and row["level"] == level and row.get(quantity) is not None:
+                values.setdefault(row["alpha"], []).append(row[quantity])
+        finite = sorted(alpha for alpha in values if alpha < math.inf)
+        means = {alpha: interval(values[alpha]) for alpha in values}
+        ax.plot(finite, [means[alpha][0] for alpha in finite], "o-", color=shade, label=f"at loss {level:g}")
+        for alpha in finite:
+            if means[alpha][1] is not None:
+                ax.plot([alpha, alpha], means[alpha][1:], color=shade)
+        if math.inf in means:
+            mean, low, high = means[math.inf]
+            ax.axhline(mean, color=shade, linestyle="--")
+            if low is not None:
+                ax.axhspan(low, high, color=shade, alpha=.12, linewidth=0)
+    ax.set(xscale="log", xlabel=r"$\alpha$  (dashed: $\alpha = \infty$, exactly linear)")
+    ax.legend()
+
+
+def lazy_from(pairs, on, quantity, level):
+    """In a sentence: from which alpha on the 95 % interval of the difference to the largest alpha includes 0."""
+    read = [row for row in pairs if (row["on"], row["quantity"], row["level"]) == (on, quantity, level)
+            and row["low"] is not None]
+    read.sort(key=lambda row: -row["alpha"])
+    first = None
+    for row in read:  # from the largest alpha down
+        if not row["low"] <= 0 <= row["high"]:
+            break
+        first = row["alpha"]
+    if not read or first is None:
+        return f"No alpha's {quantity} at {on} {level:g} is within the interval of the largest alpha's."
+    return (f"From alpha = {first:g} on, {quantity} at {on} {level:g} does not differ from that at alpha = "
+            f"{read[0]['minus']:g} (95 % interval).")
 
 
 def save_figure(figure, folder, name):
@@ -1532,249 +1470,228 @@ def save_figure(figure, folder, name):
 # 8  The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-# name: (group, default, bounds, help). Its type follows from the default; a type in its place means: none by default.
-# The options of the groups "training" and "looking" are part of what a run is.
-SHARED = {
-    "alpha": ("what to run", [1.0, 100.0], "above 0, at most inf", "of f^a = a (f - f0); 1: rich, 100: lazy"),
-    "seeds": ("what to run", [0], "at least 0, below 2147483648", "one run an alpha and seed"),
-    "dataset": ("what to run", "cifar10", None, "cifar10, synthetic, or a file FILE.npz (see README.md)"),
-    "epochs": ("what to run", 2500, "at least 1", "at most so many passes over the training set"),
-    "stop_loss": ("what to run", .01, "at least 0", "end a run whose mean training loss, over five probes, is below"),
-    "device": ("what to run", "auto", None, "auto, cpu, cuda, cuda:1"),
-    "jobs": ("what to run", 1, "at least 0", "runs side by side; 0, the command line's default: one a core, or a GPU"),
-    "quick": ("what to run", False, None, "a demonstration in under a minute; explicit options win"),
-    "draw_only": ("what to run", False, None, "conclude from the records at hand and draw them; train nothing"),
-    "lr": ("training", .01, "above 0", "learning rate, before the division by alpha^2"),
-    "momentum": ("training", .9, "at least 0, below 1", "of SGD"),
-    "batch_size": ("training", 125, "at least 1", "examples a step"),
-    "width": ("training", 64, "at least 1, at most 4096", "channels of the network's first block"),
-    "subset": ("training", int, "at least 1", "train on so many examples only, drawn with the seed"),
-    "dtype": ("training", "float32", ["float32", "float64"], "float64 for very large alpha"),
-    "group_size": ("looking", 1000, "at least 1", "examples of a group that a probe evaluates"),
-    "probe_examples": ("looking", 100, "at least 1", "held-out examples for the linearity measures"),
-    "levels": ("reading", [], "above 0", "more training losses to compare at"),
-    "data_dir": ("folders", "data", None, "where downloads go"),
-    "out": ("folders", "runs/SCRIPT", None, "where records and figures go"),
-    "checkpoint_seconds": ("folders", 60.0, "at least 0", "time between checkpoints"),
-}
+# Options that say which runs, how far, and where: they may differ between two calls that share a folder. All others
+# are part of what a run is.
+MAY_DIFFER = {"alpha", "seeds", "dataset", "data_dir", "out", "device", "jobs", "quick", "draw_only", "epochs",
+              "stop_loss", "checkpoint_seconds", "runs", "chunk", "animate"}
 
 
-def options(script, table, quick, given, file):
-    """One call's options as a namespace: defaults, then --quick's preset, then what is given (words or Python values).
-
-    script: its name; file: its path; table: its own options; quick: the preset. Raises ValueError, one line, for
-    whatever is wrong with them.
-    """
-    table = merged(table)
-    chosen = {name: default for name, (_, default, _, _) in table.items()}
-    chosen["out"] = f"runs/{script}"
-    if given.get("quick"):
-        chosen.update(quick, out=f"runs/{script}_quick")
-    for name, value in given.items():
-        if name not in table:
-            raise ValueError(f"there is no option {name}: {near(name, table)}")
-        if value is not None:
-            chosen[name] = value
-    o = types.SimpleNamespace(script=script, script_crc32=zlib.crc32(pathlib.Path(file).read_bytes()))
-    for name, (_, default, bounds, _) in table.items():
-        setattr(o, name, checked(flag(name), chosen[name], default, bounds))
-    o.part_of_run = [name for name in table if table[name][0] in ("training", "looking")]
-    o.alpha = sorted(o.alpha)
-    for alpha in o.alpha:
-        if float(f"{alpha:g}") != alpha:
-            raise ValueError(f"--alpha {alpha}: at most six digits, since folders are named by it")
-    o.device, o.dtype = device_named(o.device), getattr(torch, o.dtype)
-    return o
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
 
 
-def merged(table):
-    """The shared options with a script's own; those that it names None are left out."""
-    return {name: row for name, row in {**SHARED, **table}.items() if row is not None}
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+class Add(argparse.Action):
+    """Given twice, an option adds its values. (argparse's own "extend" adds them to the default, too.)"""
+
+    def __call__(self, parser, namespace, values, option=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else before + values)
 
 
-def checked(flag, value, default, bounds):
-    """The value of an option, a word or a Python value, as the type of its default; ValueError if it is none."""
-    if value is default and isinstance(default, type):
-        return None
-    if isinstance(default, list):
-        one = default[0] if default else 1.0
-        several = value if isinstance(value, (list, tuple, range, np.ndarray)) else [value]
-        if len(several) == 0 and default:
-            raise ValueError(f"{flag} needs a value")
-        return list(dict.fromkeys(checked(flag, each, one, bounds) for each in several))
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{flag} must be True or False, not {value}")
-        return value
-    if isinstance(default, str):
-        if bounds and str(value) not in bounds:
-            raise ValueError(f"{flag} {value}: {near(value, bounds)}")
-        return str(value)
-    kind = default if isinstance(default, type) else type(default)
-    try:
-        number = kind(str(value))  # by way of text: False is not 0, and 2.5 is no whole number
-        good = within(number, bounds)
-    except ValueError:
-        good = False
-    if not good:
+def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a number of a kind (int or float) within bounds."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if at_least <= value and above < value < below:
+            return value
         what = "a whole number" if kind is int else "a number"
-        hint = " (separate several by spaces)" if "," in str(value) else ""
-        raise ValueError(f"{flag} must be {what} {bounds.replace(', ', ' and ')}, not {value}{hint}")
-    return number
+        bounds = [f"{word} {bound}" for word, bound in (("at least", at_least), ("above", above), ("below", below))
+                  if abs(bound) < math.inf]
+        hint = " (separate several by spaces)" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"must be {what} {' and '.join(bounds)}, not {text}{hint}")
+    return convert
 
 
-def within(number, bounds):
-    """Whether a number keeps to bounds such as "above 0, at most 1"; infinite only where they name inf."""
-    holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
-    if number == math.inf and "inf" not in bounds:
-        return False
-    for bound in bounds.split(", "):
-        word, limit = bound.rsplit(" ", 1)
-        if not holds[word](number, float(limit)):  # nan holds nowhere
-            return False
-    return True
+def alpha_type(text):
+    """An argparse type: a number above 0, or inf, with as many digits as a folder's name has."""
+    alpha = math.inf if text == "inf" else number(float, above=0)(text)
+    if float(f"{alpha:g}") != alpha:
+        raise argparse.ArgumentTypeError(f"must have at most six digits, since folders are named by it, not {text}")
+    return alpha
 
 
-def near(word, names):
-    """What to say of a word that is none of `names`: the nearest of them, or all."""
-    close = difflib.get_close_matches(str(word), list(names), 1)
-    return f"did you mean {close[0]}?" if close else "choose one of " + ", ".join(names)
-
-
-def device_named(name):
-    """auto, cpu, cuda or cuda:N as a torch.device; under torchrun auto is LOCAL_RANK's. Does not start CUDA."""
+def device_type(text):
+    """An argparse type: auto, cpu, cuda or cuda:N as a torch.device; under torchrun auto is LOCAL_RANK's."""
     count = torch.cuda.device_count()
+    if text == "auto":
+        text = "cuda" if count else "cpu"
+        if count and "LOCAL_RANK" in os.environ:
+            text = f"cuda:{os.environ['LOCAL_RANK']}"
     there = ["cpu"]  # no mps: the measures need float64
     if count:
         there += ["cuda"] + [f"cuda:{k}" for k in range(count)]
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if count else "cpu"
-    if name not in there:
-        raise ValueError(f"--device {name}: here there are auto, {', '.join(there)}")
-    return torch.device(name)
+    if text not in there:
+        raise argparse.ArgumentTypeError(f"must be one of auto, {', '.join(there)} here, not {text}")
+    return torch.device(text)
+
+
+def parser(file, doc):
+    """The options that all four scripts share; file: the script's, doc: its docstring."""
+    title, _, rest = doc.partition("\n")
+    script = pathlib.Path(file).stem
+    made = Parser(prog=f"{script}.py", description=title, epilog=rest.strip("\n"), allow_abbrev=False,
+                  formatter_class=Formatter)
+    made.set_defaults(script=script, script_crc32=zlib.crc32(pathlib.Path(file).read_bytes()))
+    add = made.add_argument
+    add("--alpha", nargs="+", action=Add, type=alpha_type, default=[1.0, 100.0], metavar="A",
+        help="of f^a = a (f - f0); 1: rich, 100: lazy, inf: exactly linear")
+    add("--lr", type=number(float, above=0), default=.01, metavar="X", help="learning rate, before division by alpha^2")
+    add("--width", type=number(int, at_least=1), default=64, metavar="N", help="of the network's first layer")
+    add("--dtype", choices=["float32", "float64"], default="float32", help="float64 for very large alpha")
+    add("--device", type=device_type, default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
+    add("--jobs", type=number(int, at_least=0), default=1, metavar="N",
+        help="runs side by side; 0: one a core, on a GPU one (from the command line 0)")
+    add("--out", type=os.path.expanduser, default=f"runs/{script}", metavar="DIR", help="records and figures")
+    add("--quick", action=argparse.BooleanOptionalAction, default=False,
+        help="a demonstration in under a minute; explicit options win")
+    add("--draw-only", action=argparse.BooleanOptionalAction, default=False, help="train nothing, draw what is there")
+    return made
+
+
+def image_parser(file, doc):
+    """The options of the three scripts that train on images."""
+    made = parser(file, doc)
+    add, count = made.add_argument, number(int, at_least=1)
+    add("--seeds", nargs="+", action=Add, type=number(int, at_least=0, below=2**31), default=[0], metavar="S",
+        help="one run an alpha and seed")
+    add("--dataset", type=os.path.expanduser, default="cifar10", metavar="DATA",
+        help="cifar10, synthetic, or a file FILE.npz (see README.md)")
+    add("--data-dir", type=os.path.expanduser, default="data", metavar="DIR", help="where downloads go")
+    add("--epochs", type=count, default=2500, metavar="N", help="at most so many passes over the training set")
+    add("--stop-loss", type=number(float, at_least=0), default=.01, metavar="X",
+        help="end a run whose mean training loss, over five probes, is below")
+    add("--momentum", type=number(float, at_least=0, below=1), default=.9, metavar="X", help="of SGD")
+    add("--batch-size", type=count, default=125, metavar="N", help="examples a step")
+    add("--subset", type=count, metavar="N", help="train on so many examples only, drawn with the seed")
+    add("--group-size", type=count, default=1000, metavar="N", help="examples of a group that a probe evaluates")
+    add("--probe-examples", type=count, default=100, metavar="N", help="held-out examples, for the linearity measures")
+    add("--checkpoint-seconds", type=number(float, at_least=0), default=60.0, metavar="X",
+        help="time between checkpoints")
+    return made
+
+
+def parse(made, quick, words, options):
+    """One call's options as a namespace: the parser's defaults, then those of --quick, then words (a command line) and
+    options (keywords), which go through the same parser. Raises ValueError, one line, for whatever is wrong."""
+    words = list(words)
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (list, tuple, range, np.ndarray)):
+            words += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{flag}={value}")
+    made.epilog += "\n\n--quick: " + ", ".join(f"{name} {value}" for name, value in quick.items())
+    if "--quick" in words:
+        made.set_defaults(**quick, out=f"{made.get_default('out')}_quick")
+    o = made.parse_args(words)
+    o.alpha, o.dtype = sorted(set(o.alpha)), getattr(torch, o.dtype)
+    if "seeds" in o:
+        o.seeds = sorted(set(o.seeds))
+    if o.dtype == torch.float32 and not o.draw_only and any(1000 <= alpha < math.inf for alpha in o.alpha):
+        print("warning: above alpha = 1000 float32 rounds part of each step away: --dtype float64, or --alpha inf")
+    return o
 
 
 def sweep(o, load, run, conclude, draw):
-    """Train what --out does not hold yet, run(alpha, seed, load(o), o) for each pair; then conclude(o, runs) and
-    draw(o, runs) from every run that is there. Returns the summary. Under torchrun each process takes its share of the
-    pairs, and whoever finds every run ended concludes."""
+    """Train what --out does not hold yet, run(alpha, seed, load(o), o) for each pair; then from every run that is there
+    rows, pairs, conclusion = conclude(o, runs), which prints, and draw(o, rows, pairs). Returns the summary. Under
+    torchrun each process takes its share of the pairs, and whoever finds every run ended concludes."""
     if not o.draw_only:
         pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
         images = load(o)
-        check_folder(o, images)
-        missing = [pair for pair in share_of_rank(pairs) if not finished(read_log(folder_of(o, *pair)), o)]
-        for pair in missing:
-            refuse_without_checkpoint(folder_of(o, *pair))
-        mine = images if jobs_of(o, missing) == 1 else None  # a child of --jobs loads its own
-        work = functools.partial(run_here, load, run, mine, o)
-        progress = Progress("sweep", o.epochs * len(missing))
-        for _ in side_by_side(o, work, missing, lambda: watch(o, missing, progress)):
+        o.data_crc32 = crc32(np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray)))
+        others = check_out(o, identity(o))
+        if others:
+            print(f"warning: {len(others)} run(s) in {o.out} are by another text of {o.script}.py: {', '.join(others)}")
+        missing = [pair for pair in share_of_rank(pairs) if needs_training(folder_of(o, *pair), o)]
+        for _ in side_by_side(o, functools.partial(train, load, run, o), missing):
             pass
-        if not all(finished(read_log(folder_of(o, *pair)), o) for pair in pairs):
+        if any(needs_training(folder_of(o, *pair), o) for pair in pairs):
             return {}  # another process is at work on them, and will conclude
     runs = read_runs(o.out)
-    there = read_args(sorted(pathlib.Path(o.out).glob("alpha=*_seed=*/log.jsonl"))[0].parent)
-    compare(there, {"script": o.script}, o.out)
-    o.dataset = there["dataset"]
-    del there["run"]["theta0_crc32"]  # a seed's own
-    summary = conclude(o, runs)
-    summary["options"] = {"script": o.script, "dataset": o.dataset, "levels": o.levels, **there["run"]}
-    summary["diverged"] = []
+    args = read_args(folder_of(o, min(runs), min(runs[min(runs)])))
+    if args["script"] != o.script:
+        raise ValueError(f"{o.out} holds runs of {args['script']}.py: choose another --out")
+    o.dataset, o.loss = args["dataset"], args.get("loss", o.loss)  # earlier versions did not name the loss
+    o.about = f"{args.get('network', 'network')}, {o.loss}"
+    rows, pairs, conclusion = conclude(o, runs)
+    diverged = []
     for alpha, seeds in runs.items():
-        diverged = [seed for seed, records in seeds.items() if records[-1].get("ended") == "diverged"]
-        summary["diverged"] += [f"alpha={alpha:g}_seed={seed}" for seed in diverged]
-    write_atomically(pathlib.Path(o.out) / "summary.json", json_line(summary))
-    draw(o, runs)
-    print(f"\nwrote {o.out}/summary.json and the pictures beside it\n\n{summary['conclusion']}")
-    return json.loads(json_line(summary))
+        diverged += [f"alpha={alpha:g}_seed={seed}" for seed, log in seeds.items() if log[-1].get("ended") == "diverged"]
+    draw(o, rows, pairs)
+    return write_summary(o, args, rows, pairs, diverged, conclusion)
+
+
+def write_summary(o, args, rows, pairs, diverged, conclusion):
+    """Write OUT/summary.json and return what it holds; an alpha of inf is the string "inf" there."""
+    def named(row):
+        return {key: "inf" if key in ("alpha", "minus") and value == math.inf else value for key, value in row.items()}
+
+    summary = json_line({"options": args, "readings": [named(row) for row in rows], "diverged": diverged,
+                         "differences": [named(row) for row in pairs], "conclusion": conclusion})
+    write_atomically(pathlib.Path(o.out) / "summary.json", summary)
+    print(f"\nwrote {o.out}/summary.json and the pictures beside it")
+    return json.loads(summary)
+
+
+def train(load, run, o, alpha, seed):
+    run(alpha, seed, load(o), o)
 
 
 def share_of_rank(tasks):
     """This process's share of the tasks: all, or under torchrun every WORLD_SIZE-th."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank >= len(tasks):
-        print(f"rank {rank} of {world}: there is no run for this process")
-    return tasks[rank::world]
+    return tasks[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
-def folder_of(o, alpha, seed):
-    return pathlib.Path(o.out) / f"alpha={alpha:g}_seed={seed}"
-
-
-def run_here(load, run, images, o, alpha, seed):
-    """One run in this process; a child of --jobs gets images as None and loads its own, once."""
-    if images is None:
-        run_here.images = images = getattr(run_here, "images", None) or load(o)
-    run(alpha, seed, images, o)
-
-
-def watch(o, pairs, progress):
-    """One status line for runs side by side, read off their records."""
-    last = [log[-1] for log in [read_log(folder_of(o, *pair)) for pair in pairs] if log]
-    going = [f"{record['mean_train_loss']:.3f}" for record in last if "ended" not in record]
-    done = sum(o.epochs if "ended" in record else record["epoch"] for record in last)
-    progress.status(done, f"{len(last) - len(going)} of {len(pairs)} runs ended, losses {' '.join(going)}")
-
-
-def jobs_of(o, tasks):
-    """How many processes: --jobs, or for 0 as many as there are cores and tasks; on a GPU 1."""
-    jobs = o.jobs or (1 if o.device.type == "cuda" or "WORLD_SIZE" in os.environ else cores())
-    return max(1, min(jobs, len(tasks)))
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def side_by_side(o, work, tasks, look):
-    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process); look() meanwhile, once a
-    second. The first exception, or Ctrl-C, ends all; a child ends with its parent."""
-    jobs, before = jobs_of(o, tasks), torch.get_num_threads()
-    threads = 1 if o.quick or o.script == "toy" else max(1, cores() // jobs)  # threads of small networks only wait
-    if jobs == 1:
-        torch.set_num_threads(min(before, threads))
-        try:
-            for task in tasks:
-                yield at_work(work, *task)
-        finally:
-            torch.set_num_threads(before)
+def side_by_side(o, work, tasks):
+    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process), in true float32: TF32,
+    cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it rounds off. The first exception, or
+    Ctrl-C, ends all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = o.jobs or (1 if o.device.type == "cuda" or "WORLD_SIZE" in os.environ else cores)
+    jobs = min(jobs, len(tasks))
+    if jobs <= 1:
+        for task in tasks:
+            with true_float32():
+                result = work(*task)
+            yield result
         return
-    others, waiting = set(multiprocessing.active_children()), True
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_child, (threads,))
-    try:
-        waiting = {pool.submit(at_work, work, *task) for task in tasks}
-        while waiting:
-            ended, waiting = concurrent.futures.wait(waiting, 1, concurrent.futures.FIRST_COMPLETED)
-            for future in ended:
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    numbers = context.SimpleQueue()
+    for k in range(jobs):
+        numbers.put(k)
+    start = functools.partial(start_child, numbers, max(1, cores // jobs))
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, start) as pool:
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(work, *task) for task in tasks]):
                 yield future.result()
-            look()
-    except concurrent.futures.BrokenExecutor:
-        raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the line "
-                      "if __name__ == '__main__'); the same command goes on, fewer --jobs need less memory") from None
-    finally:
-        if waiting:
+        except concurrent.futures.BrokenExecutor:
+            raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the "
+                          "line if __name__ == '__main__'); the same command goes on, fewer --jobs need less memory"
+                          ) from None
+        finally:
             for child in set(multiprocessing.active_children()) - others:
                 child.kill()
-        pool.shutdown(cancel_futures=True)
 
 
-def at_work(work, *task):
-    """work(*task) in true float32 (TF32, cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it
-    rounds off), and with gradients, whatever the caller has switched off."""
-    with torch.inference_mode(False), torch.enable_grad(), true_float32():
-        return work(*task)
-
-
-def start_child(threads):
-    """In a child of --jobs: its threads; its end when the parent's comes; Ctrl-C is the parent's business."""
+def start_child(numbers, threads):
+    """In a child of --jobs: its threads, its GPU; its end when the parent's comes; Ctrl-C is the parent's business."""
     torch.set_num_threads(threads)
+    if torch.cuda.device_count():
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
+    true_float32().__enter__()
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Progress.quiet = True
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -1783,49 +1700,21 @@ def start_child(threads):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
-def parse_words(script, table, quick, doc, words=None):
-    """A command line as the keywords of main(**options). Raises ValueError."""
-    title, _, rest = doc.partition("\n")
-    parser = Parser(prog=f"{script}.py", description=title, epilog=rest.strip("\n"), allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups, table = {}, merged(table)
-    for name, (group, default, _, text) in table.items():
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        shown = [] if isinstance(default, (bool, type)) else [str(default)]
-        if name in quick:
-            shown.append(f"--quick: {quick[name]}")
-        settings = {"help": f"{text} ({'; '.join(shown)})" if shown else text, "default": None}
-        if isinstance(default, bool):
-            groups[group].add_argument(flag(name), action="store_true", **settings)
-        else:
-            several = "+" if isinstance(default, list) else None
-            groups[group].add_argument(flag(name), nargs=several, metavar="X", **settings)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise ValueError(f"{unknown[0]}: {near(unknown[0], [flag(name) for name in table])}")
-    return {name: value for name, value in vars(given).items() if value is not None}
-
-
-def command_line(script, main, table, quick, doc):
-    """Run main(**options) as a program: one line and exit code 2 for bad input, 130 for Ctrl-C, 1 if a run diverged."""
+def command_line(main):
+    """Run main(*words) as a program: one line and exit code 2 for bad input, 130 for Ctrl-C, 1 if a run diverged."""
+    script = os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a character ends no run
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")  # torch's own, on its first jvp
     try:
-        summary = main(**{"jobs": 0, **parse_words(script, table, quick, doc)})
-        sys.exit(1 if summary.get("diverged") else 0)
+        sys.exit(1 if main("--jobs", "0", *sys.argv[1:]).get("diverged") else 0)
     except KeyboardInterrupt:
-        print(f"\n{script}.py: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"\n{script}: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as e:
-        print(f"{script}.py: error: {' '.join(str(e).split())}", file=sys.stderr)
-    except RuntimeError as e:
-        if "memory" not in str(e):  # torch's own class on a GPU, a plain RuntimeError on a CPU
+    except (ValueError, OSError) as error:
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch's own class on a GPU, a plain RuntimeError on a CPU
             raise
-        print(f"{script}.py: out of memory: {first_line(e)[:200]} Try a smaller --subset, --probe-examples, --width or "
-              "--batch-size", file=sys.stderr)
+        print(f"{script}: out of memory: {str(error).splitlines()[0][:200]} Try a smaller --subset, --probe-examples, "
+              "--width or --batch-size", file=sys.stderr)
     sys.exit(2)
