@@ -901,7 +901,8 @@ class Run:
     def show(self, probe=False):
         """Say how far the run is, and how long it will take at most (it may end before its last iteration)."""
         left = datetime.timedelta(seconds=int(self.seconds / max(self.iteration, 1) * (self.total - self.iteration)))
-        text = f"{self.folder.name:<18} iteration {self.iteration:>7}  epoch {self.iteration / self.steps_an_epoch:>7.2f}"
+        epoch = self.iteration / self.steps_an_epoch
+        text = f"{self.folder.name:<18} iteration {self.iteration:>7}  epoch {epoch:>7.2f}"
         for key in ("mean_train_loss", "test_loss", "test_acc"):
             if self.records[-1].get(key) is not None:
                 text += f"  {key} {self.records[-1][key]:>7.4f}"
@@ -941,8 +942,8 @@ def needs_training(folder, o):
         if ended == "stop-loss" and np.mean(recent) < o.stop_loss:
             return False
     if records and not (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go on: choose "
-                         "another --out, or delete that folder")
+        raise ValueError(f"{folder} has records of an unfinished run but not its checkpoint, so it cannot go on: "
+                         "choose another --out, or delete that folder")
     return True
 
 
@@ -1036,7 +1037,8 @@ def progress(text, probe=True):
 
 # What a run is, and its files.
 
-FACTS = ("dataset", "device", "threads", "torch", "numpy", "python", "script_crc32")  # good to know, but may differ
+# Good to know of a run, but may differ from another's (the last two are of earlier versions).
+FACTS = {"dataset", "device", "threads", "torch", "numpy", "python", "script_crc32", "folder", "theta0_crc32"}
 
 
 def identity(o):
@@ -1061,10 +1063,10 @@ def check_out(o, args):
 def compare(folder, args):
     """The args.json of a folder. ValueError if it is of another run, by what both know of it, or cannot be read."""
     there = read_args(folder)
-    for key in args.keys() & there.keys() - set(FACTS):
+    for key in args.keys() & there.keys() - FACTS:
         if there[key] != args[key]:
-            raise ValueError(f"{folder} holds a run with {key} = {there[key]}, not {args[key]}: choose another --out, or "
-                             "delete that folder")
+            raise ValueError(f"{folder} holds a run with {key} = {there[key]}, not {args[key]}: choose another --out, "
+                             "or delete that folder")
     return there
 
 
@@ -1077,9 +1079,10 @@ def write_args(folder, args):
 def read_args(folder):
     try:
         args = json.loads((folder / "args.json").read_text())
-        return {**args, **args.get("run", {})}  # earlier versions nested what is compared
+        return {**args.pop("run", {}), **args}  # earlier versions nested what is compared
     except (OSError, ValueError, AttributeError, TypeError):
-        raise ValueError(f"{folder}/args.json is missing or damaged: choose another --out, or delete {folder}") from None
+        raise ValueError(f"{folder}/args.json is missing or damaged: choose another --out, or delete that folder"
+                         ) from None
 
 
 def read_log(folder):
@@ -1239,8 +1242,8 @@ def readings(runs, derive=dict, on=("mean_train_loss",), accuracies=()):
     return rows
 
 
-def differences(rows):
-    """Each alpha minus the largest, seed by seed, since a seed fixes everything but alpha.
+def differences(rows, quantities):
+    """Each alpha minus the largest, seed by seed, since a seed fixes everything but alpha, for some quantities.
 
     Returns rows, [{"alpha", "minus", "on", "level", "quantity", "mean", "low", "high", "n"}, ...]: the mean over n
     seeds and its 95 % interval (Student's t; None below three seeds)."""
@@ -1252,9 +1255,9 @@ def differences(rows):
         other = lazy.get((row["seed"], row["on"], row["level"]))
         if other is None or other is row:
             continue
-        for name, value in row.items():
-            if name not in ("alpha", "seed", "on", "level") and value is not None and other.get(name) is not None:
-                paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(value - other[name])
+        for name in quantities:
+            if row.get(name) is not None and other.get(name) is not None:
+                paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(row[name] - other[name])
     result = []
     for (alpha, on, level, name), values in paired.items():
         mean, low, high = interval(values)
@@ -1301,10 +1304,11 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     read = [row for row in pairs if (row["alpha"], row["on"], row["quantity"]) == (rich, on, quantity)
             and row["level"] in common_levels[:2]]
     if len(read) < 2:
-        return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer (--epochs); "
-                "where the loss does not fall, try a smaller --lr.")
+        return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
+                "(--epochs); where the loss does not fall, try a smaller --lr.")
     found = " and ".join(f"{cell(row)} at {on} {row['level']:g}" for row in read)
-    text = (f"{about}: {quantity} at alpha = {rich:g} minus {quantity} at alpha = {lazy:g} is {found} (n = {read[0]['n']}).")
+    text = (f"{about}: {quantity} at alpha = {rich:g} minus {quantity} at alpha = {lazy:g} is {found} "
+            f"(n = {read[0]['n']}).")
     if None in [row["low"] for row in read]:
         return f"{text} An interval takes three seeds: nothing is concluded of the claim that {claim}."
     word = "is not shown by these runs"
@@ -1370,7 +1374,7 @@ def alpha_label(alpha):
 
 def draw(ax, rows, on, quantity, linestyle="-", name=""):
     """`quantity` at the levels of `on`, a line an alpha: the mean over its runs, and their range as a band; training
-    goes to the right. name: written at the end of each line."""
+    goes to the right. Levels that not all of its runs pass are left out. name: written at the end of the line."""
     for alpha in sorted({row["alpha"] for row in rows}):
         values = {}
         for row in rows:
@@ -1388,7 +1392,7 @@ def draw(ax, rows, on, quantity, linestyle="-", name=""):
         if name:
             ax.annotate(name, (levels[-1], mean[-1]), (3, 0), textcoords="offset points", va="center",
                         color=colour(alpha))
-    if not ax.xaxis_inverted():
+    if on.endswith("loss") and not ax.xaxis_inverted():
         ax.invert_xaxis()
 
 
@@ -1406,10 +1410,13 @@ def draw_differences(ax, pairs, on, quantity):
 
 def draw_similarities(ax, rows, on):
     """The similarities to initialisation, on [0, 1]: signs of ReLUs, representation (R^T R), tangent kernel."""
-    draw(ax, rows, on, "sign_similarity", "-", "signs")
-    draw(ax, rows, on, "repr_alignment", "--", "repr.")
-    draw(ax, rows, on, "ntk_alignment", ":", "NTK")
-    ax.set(ylim=(0, 1.05), title="Similarity to initialisation")
+    handles = []
+    for key, linestyle, name in (("sign_similarity", "-", "ReLU signs"), ("repr_alignment", "--", "representation"),
+                                 ("ntk_alignment", ":", "tangent kernel")):
+        draw(ax, rows, on, key, linestyle)
+        handles += ax.plot([], [], color="#777777", linestyle=linestyle, label=name)
+    ax.set(ylim=(0, 1.05))
+    ax.legend(handles=handles)
 
 
 def draw_crosses(ax, points):
@@ -1623,11 +1630,13 @@ def sweep(o, load, run, conclude, draw):
     if args["script"] != o.script:
         raise ValueError(f"{o.out} holds runs of {args['script']}.py: choose another --out")
     o.dataset, o.loss = args["dataset"], args.get("loss", o.loss)  # earlier versions did not name the loss
-    o.about = f"{args.get('network', 'network')}, {o.loss}"
+    o.about = ", ".join([args["network"], o.loss] if "network" in args else [o.loss])
     rows, pairs, conclusion = conclude(o, runs)
     diverged = []
     for alpha, seeds in runs.items():
-        diverged += [f"alpha={alpha:g}_seed={seed}" for seed, log in seeds.items() if log[-1].get("ended") == "diverged"]
+        for seed, records in seeds.items():
+            if records[-1].get("ended") == "diverged":
+                diverged.append(folder_of(o, alpha, seed).name)
     draw(o, rows, pairs)
     return write_summary(o, args, rows, pairs, diverged, conclusion)
 

@@ -10,13 +10,6 @@ behind on hard ones than the lazy network (alpha = 100).
 The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well networks trained without it predict its
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
-
---quick takes 59 seconds on two CPU cores (AMD EPYC, 2026-11-25), an epoch of 40,000 images one to two minutes; not
-timed on a GPU. --quick ends with
-
-    At equal mean training loss 1.5 the hardest decile's loss is above the easiest's by 1.209 at alpha = 1 and 1.030 at
-    alpha = 100, paired difference 0.179 [0.015, 0.344] (3): the rich network hastens to the easy examples, as in the
-    paper.
 """
 import os
 import pathlib
@@ -28,13 +21,15 @@ from torch import nn
 
 import common
 
-OPTIONS = {"deciles": ("reading", [1, 3, 8, 10], "at least 1, at most 10", "which deciles to draw; 1 = hardest")}
 QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=16, width=16, lr=.0008, batch_size=25, probe_examples=25,
-             stop_loss=1.35, levels=[1.7, 1.6, 1.5, 1.4])
+             stop_loss=1.35)
 SCORES = "cifar10-cscores-orig-order.npz"
 SCORE_URLS = ["https://pluskid.github.io/structural-regularity/cscores/" + SCORES,
               "https://raw.githubusercontent.com/pluskid/structural-regularity/HEAD/docs/cscores/" + SCORES]
 loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands here is trained on, probed and compared
+DRAWN = {1: "-", 3: "--", 8: "-.", 10: ":"}  # the deciles of the picture, as in the paper
+PAPER = {1: {1.0: [2.01, 1.46, .51, .32], .5: [1.37, .74, .17, .07]},  # {alpha: {mean training loss: their losses}}
+         100: {1.0: [1.72, 1.33, .68, .38], .5: [.92, .68, .32, .15]}}
 
 
 # The data: images, and a score of each.
@@ -67,7 +62,7 @@ def fetch_scores(data_dir, labels, urls=SCORE_URLS):
             os.replace(part, path)
             return scores
         except (OSError, RuntimeError, ValueError) as e:
-            reasons.append(f"{url} ({common.first_line(e)[:200]})")
+            reasons.append(f"{url} ({' '.join(str(getattr(e, 'reason', e)).split())[:200]})")
         finally:
             part.unlink(missing_ok=True)
     raise OSError(f"C-scores could not be fetched from {' nor '.join(reasons)}. Put {SCORES} into "
@@ -93,8 +88,8 @@ def check_scores(path, labels):
 
 def deciles(score):
     """Indices of the ten groups by rank of score (N,), lowest first, ties in their order; sizes differ by 1."""
-    if len(score) < 10:
-        raise ValueError(f"{len(score)} examples cannot be split into ten deciles")
+    if len(score) < 10 or score.min() == score.max():
+        raise ValueError(f"{len(score)} examples with scores from {score.min():g} to {score.max():g} have no deciles")
     return np.array_split(np.argsort(score, kind="stable"), 10)
 
 
@@ -142,8 +137,8 @@ def run(alpha, seed, images, o):
             record[f"test_{what}"] = sum(record[f"test_decile_{d}_{what}"] for d in range(1, 11)) / 10
         return record
 
-    linearity = common.Linearity(f, x_test[:o.probe_examples], y_test[:o.probe_examples])
-    training = common.Run(o, seed, f, optimizer, images, len(y), linearity)
+    linearity = common.Linearity(f, x_test[:o.probe_examples])
+    training = common.Run(o, seed, f, optimizer, len(y), linearity)
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
     for i in training.minibatches(probe):
         step(i)
@@ -156,85 +151,60 @@ def accuracy(f, y):
 # What came out.
 
 
-def quantities(curve):
-    """What is compared at equal loss, from the smoothed curves of one run."""
-    result = {"gap": curve["decile_1_loss"] - curve["decile_10_loss"],
-              "test_gap": curve["test_decile_1_loss"] - curve["test_decile_10_loss"],
-              "test_loss": curve["test_loss"], "test_acc": curve["test_acc"]}
-    for d in range(1, 11):
-        result[f"decile_{d}"] = curve[f"decile_{d}_loss"]
-    return result
+def derive(curve):
+    """What follows from the smoothed curves of a run."""
+    curve["gap"] = curve["decile_1_loss"] - curve["decile_10_loss"]
+    hard = sum(curve[f"decile_{d}_loss"] for d in range(1, 6)) / 5
+    curve["half_gap"] = hard - sum(curve[f"decile_{d}_loss"] for d in range(6, 11)) / 5
+    return curve
 
 
 def conclude(o, runs):
-    """Print a table a claim and return the summary."""
-    summary = common.summarise(runs, quantities, common.loss_levels(runs, o.levels))
-    common.print_claim("Gap, loss of decile 1 (hardest) minus loss of decile 10 (easiest), at equal mean training loss",
-                       summary, "gap")
-    for alpha, part in summary["alphas"].items():
-        common.print_table(f"Loss of the deciles, alpha = {alpha}, at equal mean training loss", part["levels"],
-                           [f"decile_{d}" for d in sorted(o.deciles)])
-    rows = {f"decile_{d}": {} for d in range(1, 11)}
-    for alpha, seeds in runs.items():
-        part = summary["alphas"][f"{alpha:g}"]["half_way"] = {}
-        for name, row in rows.items():
-            part[name] = common.spread([half_way(records, f"{name}_loss") for records in seeds.values()])
-            row[f"alpha = {alpha:g}"] = part[name]
-    common.print_table("Mean training loss at which each decile has fallen to half its initial loss (1 = hardest)",
-                       rows, [f"alpha = {alpha:g}" for alpha in runs])
-    summary["conclusion"] = common.sentence(
-        runs, summary, "gap", "At equal mean training loss {level} the hardest decile's loss is above the easiest's by",
-        "the rich network hastens to the easy examples, as in the paper",
-        "the lazy network is the one that hastens, against the paper")
-    return summary
+    """Print the conclusion and a table a claim, at equal mean training loss; return rows and sentence."""
+    rows = common.readings(runs, derive)
+    pairs = common.differences(rows, ["gap", "half_gap", "test_loss", *(f"decile_{d}_loss" for d in range(1, 11))])
+    conclusion = common.verdict(runs, rows, pairs, "mean_train_loss", "gap", "rich networks lag more on hard deciles",
+                                o.about)
+    print(f"\n{conclusion}")
+    common.print_table("Gap: loss of decile 1 (hardest) minus loss of decile 10 (easiest)", rows, pairs,
+                       "mean_train_loss", "gap")
+    common.print_table("Half gap: mean loss of deciles 1 to 5 minus that of 6 to 10", rows, pairs, "mean_train_loss",
+                       "half_gap")
+    for d in DRAWN:
+        common.print_table(f"Loss of decile {d}", rows, pairs, "mean_train_loss", f"decile_{d}_loss")
+    return rows, pairs, conclusion
 
 
-def half_way(records, key):
-    """The mean training loss where a decile's loss passes half of its initial value; None if it has not."""
-    curve = common.curve(records)
-    return common.value_at(records[0][key] / 2, curve[key], curve["mean_train_loss"])
-
-
-def draw(o, runs):
-    """cscore.png, the paper's Figure 2; cscore_curves.png: the test split, and the same runs against iterations, which
-    shows why equal time is no comparison."""
+def draw(o, rows, pairs):
+    """cscore.png: the paper's Figure 2, the paired difference, and the linearity."""
     from matplotlib.figure import Figure
-    dashes = ["-", "--", "-.", ":", (0, (6, 1)), (0, (1, 3)), (0, (3, 4)), (0, (9, 2)), (0, (2, 6)), (0, (5, 5))]
-    styles = dict(zip(sorted(o.deciles), dashes))
-
-    def panel(ax, prefix, x, read=common.value_at):
-        for alpha, seeds in runs.items():
-            for d, style in styles.items():
-                common.draw_band(ax, seeds, x, f"{prefix}_{d}_loss", read, color=common.colour(alpha), linestyle=style)
-        common.legend_below(ax, runs, {f"decile {d}": style for d, style in styles.items()})
-        ax.set(xlabel=x.replace("_", " "), ylabel="loss")
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    panel(left, "decile", "mean_train_loss")
-    left.set_title("Loss by C-score decile (1 = hardest)")
-    common.draw_linearity(middle, right, runs, "mean_train_loss")
-    for ax in (left, middle, right):
-        ax.set_xlabel("mean training loss (training: to the right)")
-        ax.invert_xaxis()
+    figure = Figure(figsize=(8.3, 7.8), layout="constrained")
+    (losses, difference), (similarity, error) = figure.subplots(2, 2)
+    for k, (d, linestyle) in enumerate(DRAWN.items()):
+        common.draw(losses, rows, "mean_train_loss", f"decile_{d}_loss", linestyle, f"{d}")
+        if "cifar10" in o.dataset:
+            for alpha, points in PAPER.items():
+                common.draw_crosses(losses, {alpha: {level: values[k] for level, values in points.items()}})
+    losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")
+    common.draw_differences(difference, pairs, "mean_train_loss", "gap")
+    difference.set(title="(b) gap of deciles 1 and 10, minus the laziest's")
+    common.draw_similarities(similarity, rows, "mean_train_loss")
+    similarity.set(title="(c) similarity to initialisation")
+    common.draw(error, rows, "mean_train_loss", "linearisation_error")
+    error.set(ylim=(0, None), title="(d) distance from the linearisation")
+    for ax in (losses, difference, similarity, error):
+        ax.set_xlabel("mean training loss (training goes to the right)")
+    error.legend()
     common.save_figure(figure, o.out, "cscore")
 
-    figure = Figure(figsize=(8.3, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    panel(left, "test_decile", "mean_train_loss")
-    left.set_title("Test loss by decile")
-    left.invert_xaxis()
-    panel(right, "decile", "iteration", np.interp)
-    right.set(title="Training loss by decile", xscale="symlog")
-    common.save_figure(figure, o.out, "cscore_curves")
 
-
-def main(**options):
-    """Train, conclude and draw, with the command line's options as keywords: main(alpha=[1, 100], quick=True). Returns
-    the summary; raises ValueError or OSError for bad input."""
-    o = common.options("cscore", OPTIONS, QUICK, options, __file__)
+def main(*words, **options):
+    """Train, conclude and draw, with the command line's words, or its options as keywords: main(alpha=[1, 100],
+    quick=True). Returns the summary; raises ValueError or OSError for bad input."""
+    o = common.parse(common.image_parser(__file__, __doc__), QUICK, words, options)
+    o.loss = common.name_of(loss_of)
     return common.sweep(o, load, run, conclude, draw)
 
 
 if __name__ == "__main__":
-    common.command_line("cscore", main, OPTIONS, QUICK, __doc__)
+    common.command_line(main)

@@ -91,7 +91,7 @@ def derive(curve):
 def conclude(o, runs):
     """Print the conclusion and a table a claim, all at equal loss of the clean group; return rows and sentence."""
     rows = common.readings(runs, derive, on=["clean_loss", "mean_train_loss"])
-    pairs = common.differences(rows)
+    pairs = common.differences(rows, ["noisy_loss", "noisy_minus_control", "gap", "test_loss", "test_acc"])
     conclusion = common.verdict(runs, rows, pairs, "clean_loss", "noisy_loss", "rich networks learn wrong labels later",
                                 o.about)
     print(f"\n{conclusion}")
@@ -111,10 +111,11 @@ def draw(o, rows, pairs):
     common.draw(losses, rows, "clean_loss", "test_loss", "--", "test")
     if "cifar10" in o.dataset:
         common.draw_crosses(losses, PAPER)
-    losses.set(title="(a) loss of wrong labels and of test images", ylabel=f"loss ({o.loss})")
+    losses.set(title="(a) loss at equal clean loss", ylabel=f"loss ({o.loss})")
     common.draw_differences(difference, pairs, "clean_loss", "noisy_loss")
-    difference.set(title="(b) noisy loss, minus that at the largest alpha")
+    difference.set(title="(b) noisy loss, minus the laziest's")
     common.draw_similarities(similarity, rows, "clean_loss")
+    similarity.set(title="(c) similarity to initialisation")
     common.draw(error, rows, "clean_loss", "linearisation_error")
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
     for ax in (losses, difference, similarity, error):
