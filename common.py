@@ -1382,16 +1382,21 @@ def draw(ax, rows, on, quantity, linestyle="-", name=""):
                 values.setdefault(row["level"], []).append(row[quantity])
         most = max(map(len, values.values()), default=0)
         levels = sorted((level for level in values if len(values[level]) == most), reverse=True)
-        if not levels:
-            continue
-        mean = [np.mean(values[level]) for level in levels]
-        style = dict(color=colour(alpha), linestyle=linestyle, marker=marker(alpha), markersize=4)
-        ax.plot(levels, mean, label=alpha_label(alpha), **style)
-        ax.fill_between(levels, [min(values[level]) for level in levels], [max(values[level]) for level in levels],
-                        color=colour(alpha), alpha=.18, linewidth=0)
-        if name:
-            ax.annotate(name, (levels[-1], mean[-1]), (3, 0), textcoords="offset points", va="center",
+        if levels:
+            mean = [np.mean(values[level]) for level in levels]
+            label = alpha_label(alpha) if linestyle == "-" else None
+            ax.plot(levels, mean, linestyle, color=colour(alpha), marker=marker(alpha), markersize=4, label=label)
+            ax.fill_between(levels, [min(values[level]) for level in levels], [max(values[level]) for level in levels],
+                            color=colour(alpha), alpha=.18, linewidth=0)
+            ax.annotate(name, (levels[-1], mean[-1]), (4, 0), textcoords="offset points", va="center",
                         color=colour(alpha))
+    to_the_right(ax, on)
+
+
+def to_the_right(ax, on):
+    """Training goes to the right, so losses fall to the right."""
+    ax.margins(x=.12)
+    ax.set_xlabel(on.replace("_", " "))
     if on.endswith("loss") and not ax.xaxis_inverted():
         ax.invert_xaxis()
 
@@ -1399,13 +1404,14 @@ def draw(ax, rows, on, quantity, linestyle="-", name=""):
 def draw_differences(ax, pairs, on, quantity):
     """Each alpha minus the largest at every level, with its 95 % interval, and a line at 0."""
     ax.axhline(0, color="black", linewidth=.8)
-    for row in pairs:
-        if row["on"] == on and row["quantity"] == quantity:
-            ax.plot(row["level"], row["mean"], marker(row["alpha"]), color=colour(row["alpha"]), markersize=4)
-            if row["low"] is not None:
-                ax.plot([row["level"]] * 2, [row["low"], row["high"]], color=colour(row["alpha"]), linewidth=1)
-    if not ax.xaxis_inverted():
-        ax.invert_xaxis()
+    read = [row for row in pairs if row["on"] == on and row["quantity"] == quantity]
+    alphas = sorted({row["alpha"] for row in read})
+    for row in read:
+        level = row["level"] * (1 - .012 * alphas.index(row["alpha"]))  # beside each other
+        ax.plot(level, row["mean"], marker(row["alpha"]), color=colour(row["alpha"]), markersize=4)
+        if row["low"] is not None:
+            ax.plot([level, level], [row["low"], row["high"]], color=colour(row["alpha"]), linewidth=1)
+    to_the_right(ax, on)
 
 
 def draw_similarities(ax, rows, on):
@@ -1422,7 +1428,7 @@ def draw_similarities(ax, rows, on):
 def draw_crosses(ax, points):
     """The paper's own points, {alpha: {level: value}}, as crosses."""
     for alpha, values in points.items():
-        ax.plot(list(values), list(values.values()), "x", color=colour(alpha), markersize=9, markeredgewidth=2)
+        ax.plot(list(values), list(values.values()), "x", color=colour(alpha), markersize=8, markeredgewidth=1.5)
 
 
 def draw_alphas(ax, rows, on, quantity, levels):
@@ -1646,11 +1652,12 @@ def write_summary(o, args, rows, pairs, diverged, conclusion):
     def named(row):
         return {key: "inf" if key in ("alpha", "minus") and value == math.inf else value for key, value in row.items()}
 
-    summary = json_line({"options": args, "readings": [named(row) for row in rows], "diverged": diverged,
-                         "differences": [named(row) for row in pairs], "conclusion": conclusion})
-    write_atomically(pathlib.Path(o.out) / "summary.json", summary)
-    print(f"\nwrote {o.out}/summary.json and the pictures beside it")
-    return json.loads(summary)
+    line = json_line({"options": args, "readings": [named(row) for row in rows], "diverged": diverged,
+                      "differences": [named(row) for row in pairs], "conclusion": conclusion})
+    summary = json.loads(line, parse_float=lambda text: float(f"{float(text):.6g}"))
+    write_atomically(pathlib.Path(o.out) / "summary.json", json_line(summary))
+    print(f"\nwrote {o.out}/summary.json and the picture beside it")
+    return summary
 
 
 def train(load, run, o, alpha, seed):

@@ -187,13 +187,11 @@ def draw(o, rows, pairs):
                 common.draw_crosses(losses, {alpha: {level: values[k] for level, values in points.items()}})
     losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
-    difference.set(title="(b) gap of deciles 1 and 10, minus the laziest's")
+    difference.set_title(f"(b) gap 1 - 10, minus that at {common.alpha_label(max(row['alpha'] for row in rows))}")
     common.draw_similarities(similarity, rows, "mean_train_loss")
-    similarity.set(title="(c) similarity to initialisation")
+    similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "mean_train_loss", "linearisation_error")
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    for ax in (losses, difference, similarity, error):
-        ax.set_xlabel("mean training loss (training goes to the right)")
     error.legend()
     common.save_figure(figure, o.out, "cscore")
 

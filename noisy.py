@@ -109,17 +109,15 @@ def draw(o, rows, pairs):
     (losses, difference), (similarity, error) = figure.subplots(2, 2)
     common.draw(losses, rows, "clean_loss", "noisy_loss", "-", "noisy")
     common.draw(losses, rows, "clean_loss", "test_loss", "--", "test")
+    losses.set(title="(a) loss at equal clean loss", ylabel=f"loss ({o.loss})")
     if "cifar10" in o.dataset:
         common.draw_crosses(losses, PAPER)
-    losses.set(title="(a) loss at equal clean loss", ylabel=f"loss ({o.loss})")
     common.draw_differences(difference, pairs, "clean_loss", "noisy_loss")
-    difference.set(title="(b) noisy loss, minus the laziest's")
+    difference.set_title(f"(b) noisy loss, minus that at {common.alpha_label(max(row['alpha'] for row in rows))}")
     common.draw_similarities(similarity, rows, "clean_loss")
-    similarity.set(title="(c) similarity to initialisation")
+    similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "clean_loss", "linearisation_error")
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    for ax in (losses, difference, similarity, error):
-        ax.set_xlabel("clean loss (training goes to the right)")
     error.legend()
     common.save_figure(figure, o.out, "noisy")
 
