@@ -1226,19 +1226,17 @@ def readings(runs, derive=dict, on=("mean_train_loss",), accuracies=()):
 
     derive(curve) -> the curve with what follows from it, such as a gap. Returns rows, [{"alpha", "seed", "on", "level",
     <each key of the curve>: number or None}, ...]; a level that a run does not pass has no row."""
-    levels = {key: loss_levels(runs) for key in on}
-    levels.update({key: [.8, .85, .9, .95] for key in accuracies})
-    rows = []
+    rows, levels = [], [(key, level) for key in on for level in loss_levels(runs)]
+    levels += [(key, level) for key in accuracies for level in (.8, .85, .9, .95)]
     for alpha, seeds in runs.items():
         for seed, records in seeds.items():
             columns = derive(curve(records))
-            for key, values in levels.items():
-                for level in values:
-                    row = {"alpha": alpha, "seed": seed, "on": key, "level": level}
-                    for name, column in sorted(columns.items()):
-                        row[name] = value_at(level, columns[key], column, rising=key in accuracies)
-                    if row[key] is not None:
-                        rows.append(row)
+            for key, level in levels:
+                row = {"alpha": alpha, "seed": seed, "on": key, "level": level}
+                for name, column in sorted(columns.items()):
+                    row[name] = value_at(level, columns[key], column, rising=key in accuracies)
+                if row[key] is not None:
+                    rows.append(row)
     return rows
 
 
@@ -1360,12 +1358,10 @@ LOOK = {.1: ("#f0e442", "v"), .3: ("#8c510a", "<"), .5: ("#e69f00", "D"), 1.0: (
         math.inf: ("#000000", "X")}
 
 
-def colour(alpha):
-    return LOOK.get(alpha, ("#777777", "h"))[0]
-
-
-def marker(alpha):
-    return LOOK.get(alpha, ("#777777", "h"))[1]
+def look(alpha):
+    """How an alpha is drawn, as keywords of matplotlib's plot."""
+    colour, marker = LOOK.get(alpha, ("#777777", "h"))
+    return {"color": colour, "marker": marker, "markersize": 4, "label": alpha_label(alpha)}
 
 
 def alpha_label(alpha):
@@ -1384,12 +1380,11 @@ def draw(ax, rows, on, quantity, linestyle="-", name=""):
         levels = sorted((level for level in values if len(values[level]) == most), reverse=True)
         if levels:
             mean = [np.mean(values[level]) for level in levels]
-            label = alpha_label(alpha) if linestyle == "-" else None
-            ax.plot(levels, mean, linestyle, color=colour(alpha), marker=marker(alpha), markersize=4, label=label)
+            ax.plot(levels, mean, linestyle=linestyle, **look(alpha))
             ax.fill_between(levels, [min(values[level]) for level in levels], [max(values[level]) for level in levels],
-                            color=colour(alpha), alpha=.18, linewidth=0)
+                            color=look(alpha)["color"], alpha=.18, linewidth=0)
             ax.annotate(name, (levels[-1], mean[-1]), (4, 0), textcoords="offset points", va="center",
-                        color=colour(alpha))
+                        color=look(alpha)["color"])
     to_the_right(ax, on)
 
 
@@ -1408,9 +1403,9 @@ def draw_differences(ax, pairs, on, quantity):
     alphas = sorted({row["alpha"] for row in read})
     for row in read:
         level = row["level"] * (1 - .012 * alphas.index(row["alpha"]))  # beside each other
-        ax.plot(level, row["mean"], marker(row["alpha"]), color=colour(row["alpha"]), markersize=4)
+        ax.plot(level, row["mean"], **look(row["alpha"]))
         if row["low"] is not None:
-            ax.plot([level, level], [row["low"], row["high"]], color=colour(row["alpha"]), linewidth=1)
+            ax.plot([level, level], [row["low"], row["high"]], color=look(row["alpha"])["color"], linewidth=1)
     to_the_right(ax, on)
 
 
@@ -1428,7 +1423,7 @@ def draw_similarities(ax, rows, on):
 def draw_crosses(ax, points):
     """The paper's own points, {alpha: {level: value}}, as crosses."""
     for alpha, values in points.items():
-        ax.plot(list(values), list(values.values()), "x", color=colour(alpha), markersize=8, markeredgewidth=1.5)
+        ax.plot(list(values), list(values.values()), "x", color=look(alpha)["color"], markersize=8, markeredgewidth=1.5)
 
 
 def draw_alphas(ax, rows, on, quantity, levels):
@@ -1508,18 +1503,20 @@ class Add(argparse.Action):
 
 def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
     """An argparse type: a number of a kind (int or float) within bounds."""
+    what = "a whole number" if kind is int else "a number"
+    for word, bound in (("at least", at_least), ("above", above), ("below", below)):
+        if abs(bound) < math.inf:
+            what += f" {word} {bound}"
+
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if at_least <= value and above < value < below:
-            return value
-        what = "a whole number" if kind is int else "a number"
-        bounds = [f"{word} {bound}" for word, bound in (("at least", at_least), ("above", above), ("below", below))
-                  if abs(bound) < math.inf]
-        hint = " (separate several by spaces)" if "," in text else ""
-        raise argparse.ArgumentTypeError(f"must be {what} {' and '.join(bounds)}, not {text}{hint}")
+        if not (at_least <= value and above < value < below):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text} (several are separated by spaces)")
+        return value
+
     return convert
 
 
@@ -1534,13 +1531,9 @@ def alpha_type(text):
 def device_type(text):
     """An argparse type: auto, cpu, cuda or cuda:N as a torch.device; under torchrun auto is LOCAL_RANK's."""
     count = torch.cuda.device_count()
+    there = ["cpu", "cuda", *(f"cuda:{k}" for k in range(count))] if count else ["cpu"]  # mps has no float64
     if text == "auto":
-        text = "cuda" if count else "cpu"
-        if count and "LOCAL_RANK" in os.environ:
-            text = f"cuda:{os.environ['LOCAL_RANK']}"
-    there = ["cpu"]  # no mps: the measures need float64
-    if count:
-        there += ["cuda"] + [f"cuda:{k}" for k in range(count)]
+        text = f"cuda:{os.environ['LOCAL_RANK']}" if count and "LOCAL_RANK" in os.environ else there[min(count, 1)]
     if text not in there:
         raise argparse.ArgumentTypeError(f"must be one of auto, {', '.join(there)} here, not {text}")
     return torch.device(text)

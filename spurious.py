@@ -397,7 +397,7 @@ def draw(o, rows, pairs):
     common.draw(losses, rows, "mean_train_loss", "against_loss", "-", minor.split()[-1])
     common.draw(losses, rows, "mean_train_loss", "with_loss", "--", major.split()[-1])
     losses.set(title="(c) loss of the cells", ylabel=f"loss ({o.loss})")
-    losses.legend()
+    losses.legend(handles=losses.lines[:len({row["alpha"] for row in rows})])
     common.save_figure(figure, o.out, "spurious")
 
 
