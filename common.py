@@ -1503,10 +1503,9 @@ class Add(argparse.Action):
 
 def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
     """An argparse type: a number of a kind (int or float) within bounds."""
-    what = "a whole number" if kind is int else "a number"
-    for word, bound in (("at least", at_least), ("above", above), ("below", below)):
-        if abs(bound) < math.inf:
-            what += f" {word} {bound}"
+    named = (("at least", at_least), ("above", above), ("below", below))
+    bounds = " and ".join(f"{word} {bound}" for word, bound in named if abs(bound) < math.inf)
+    what = f"{'a whole number' if kind is int else 'a number'} {bounds}"
 
     def convert(text):
         try:
@@ -1514,7 +1513,8 @@ def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
         except ValueError:
             value = math.nan
         if not (at_least <= value and above < value < below):
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text} (several are separated by spaces)")
+            hint = " (separate several by spaces)" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}{hint}")
         return value
 
     return convert

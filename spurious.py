@@ -13,6 +13,7 @@ A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For eithe
 of the training set goes *with* the correlation, the other *against* it. (In CelebA women are the majority of the blond
 and, at 52 %, of the others, so with is women and against is men, which is how the paper draws it.)
 """
+import argparse
 import csv
 import gzip
 import os
@@ -406,7 +407,7 @@ def main(*words, **options):
     quick=True). Returns the summary; raises ValueError or OSError for bad input."""
     parser = common.image_parser(__file__, __doc__)
     parser.set_defaults(dataset="celeba", alpha=[.5, 1.0, 100.0], epochs=750, lr=None, batch_size=100, group_size=150)
-    parser.add_argument("--from-scratch", action="store_true",
+    parser.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False,
                         help="waterbirds: CelebA's network instead of the ImageNet-pretrained one")
     parser.add_argument("--digits", nargs=2, type=common.number(int, at_least=0, below=10), default=[7, 9], metavar="D",
                         help="dominoes: two digits; published with 0 and 1, far easier")
