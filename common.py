@@ -1426,43 +1426,53 @@ def draw_crosses(ax, points):
         ax.plot(list(values), list(values.values()), "x", color=look(alpha)["color"], markersize=8, markeredgewidth=1.5)
 
 
-def draw_alphas(ax, rows, on, quantity, levels):
-    """`quantity` against alpha, at each of `levels`: mean and 95 % interval over runs; the exactly linear network,
-    alpha = inf, as a dashed line with its band."""
+def draw_alphas(o, rows, pairs, on, quantity, levels=None):
+    """How large must alpha be? With four alphas or more, OUT/SCRIPT_alphas.png: `quantity` against alpha at three levels
+    (by default the lowest that every alpha has), mean and 95 % interval over runs; the exactly linear network, alpha =
+    inf, as a dashed line with its band. Prints from which alpha on there is no difference to the largest."""
+    from matplotlib.figure import Figure
+    alphas = sorted({row["alpha"] for row in rows})
+    if len(alphas) < 4:
+        return
+    if levels is None:
+        having = [{row["level"] for row in rows if (row["alpha"], row["on"]) == (alpha, on)} for alpha in alphas]
+        levels = sorted(set.intersection(*having))[:3]
+    figure = Figure(figsize=(8.3, 4.2), layout="constrained")
+    ax = figure.subplots()
     for level, shade in zip(levels, ("#d55e00", "#0072b2", "#009e73")):
-        values = {}
-        for row in rows:
-            if row["on"] == on and row["level"] == level and row.get(quantity) is not None:
-                values.setdefault(row["alpha"], []).append(row[quantity])
-        finite = sorted(alpha for alpha in values if alpha < math.inf)
-        means = {alpha: interval(values[alpha]) for alpha in values}
-        ax.plot(finite, [means[alpha][0] for alpha in finite], "o-", color=shade, label=f"at loss {level:g}")
-        for alpha in finite:
-            if means[alpha][1] is not None:
-                ax.plot([alpha, alpha], means[alpha][1:], color=shade)
-        if math.inf in means:
-            mean, low, high = means[math.inf]
-            ax.axhline(mean, color=shade, linestyle="--")
-            if low is not None:
+        found = {}
+        for alpha in alphas:
+            values = [row[quantity] for row in rows if (row["alpha"], row["on"], row["level"]) == (alpha, on, level)]
+            if values:
+                found[alpha] = interval(values)
+        finite = [alpha for alpha in found if alpha < math.inf]
+        ax.plot(finite, [found[alpha][0] for alpha in finite], "o-", color=shade, label=f"{on} {level:g}")
+        for alpha, (mean, low, high) in found.items():
+            if alpha == math.inf:
+                ax.axhline(mean, color=shade, linestyle="--")
+            if alpha == math.inf and low is not None:
                 ax.axhspan(low, high, color=shade, alpha=.12, linewidth=0)
-    ax.set(xscale="log", xlabel=r"$\alpha$  (dashed: $\alpha = \infty$, exactly linear)")
+            if alpha < math.inf and low is not None:
+                ax.plot([alpha, alpha], [low, high], color=shade)
+        print(lazy_from(pairs, on, quantity, level))
+    ax.set(xscale="log", xlabel=r"$\alpha$ (dashed: $\alpha = \infty$, exactly linear)", ylabel=quantity.replace("_", " "))
     ax.legend()
+    save_figure(figure, o.out, f"{o.script}_alphas")
 
 
 def lazy_from(pairs, on, quantity, level):
     """In a sentence: from which alpha on the 95 % interval of the difference to the largest alpha includes 0."""
     read = [row for row in pairs if (row["on"], row["quantity"], row["level"]) == (on, quantity, level)
             and row["low"] is not None]
-    read.sort(key=lambda row: -row["alpha"])
     first = None
-    for row in read:  # from the largest alpha down
+    for row in sorted(read, key=lambda row: -row["alpha"]):
         if not row["low"] <= 0 <= row["high"]:
             break
-        first = row["alpha"]
-    if not read or first is None:
-        return f"No alpha's {quantity} at {on} {level:g} is within the interval of the largest alpha's."
-    return (f"From alpha = {first:g} on, {quantity} at {on} {level:g} does not differ from that at alpha = "
-            f"{read[0]['minus']:g} (95 % interval).")
+        first = row
+    if first is None:
+        return f"At {on} {level:g} no alpha is shown to be as lazy as the largest, by {quantity}."
+    return (f"At {on} {level:g}, {quantity} does not differ from that at alpha = {first['minus']:g} (95 % interval) from "
+            f"alpha = {first['alpha']:g} on.")
 
 
 def save_figure(figure, folder, name):

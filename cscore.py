@@ -194,6 +194,7 @@ def draw(o, rows, pairs):
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
     error.legend()
     common.save_figure(figure, o.out, "cscore")
+    common.draw_alphas(o, rows, pairs, "mean_train_loss", "gap")
 
 
 def main(*words, **options):

@@ -120,6 +120,7 @@ def draw(o, rows, pairs):
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
     error.legend()
     common.save_figure(figure, o.out, "noisy")
+    common.draw_alphas(o, rows, pairs, "clean_loss", "noisy_loss")
 
 
 def main(*words, **options):

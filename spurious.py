@@ -400,6 +400,7 @@ def draw(o, rows, pairs):
     losses.set(title="(c) loss of the cells", ylabel=f"loss ({o.loss})")
     losses.legend(handles=losses.lines[:len({row["alpha"] for row in rows})])
     common.save_figure(figure, o.out, "spurious")
+    common.draw_alphas(o, rows, pairs, "mean_train_loss", "gap")
 
 
 def main(*words, **options):
