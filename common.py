@@ -1427,9 +1427,9 @@ def draw_crosses(ax, points):
 
 
 def draw_alphas(o, rows, pairs, on, quantity, levels=None):
-    """How large must alpha be? With four alphas or more, OUT/SCRIPT_alphas.png: `quantity` against alpha at three levels
-    (by default the lowest that every alpha has), mean and 95 % interval over runs; the exactly linear network, alpha =
-    inf, as a dashed line with its band. Prints from which alpha on there is no difference to the largest."""
+    """How large must alpha be? With four alphas or more, OUT/SCRIPT_alphas.png: `quantity` against alpha at three
+    levels (by default the lowest that every alpha has), mean and 95 % interval over runs; the exactly linear network,
+    alpha = inf, as a dashed line with its band. Prints from which alpha on no difference to the largest is shown."""
     from matplotlib.figure import Figure
     alphas = sorted({row["alpha"] for row in rows})
     if len(alphas) < 4:
@@ -1455,7 +1455,8 @@ def draw_alphas(o, rows, pairs, on, quantity, levels=None):
             if alpha < math.inf and low is not None:
                 ax.plot([alpha, alpha], [low, high], color=shade)
         print(lazy_from(pairs, on, quantity, level))
-    ax.set(xscale="log", xlabel=r"$\alpha$ (dashed: $\alpha = \infty$, exactly linear)", ylabel=quantity.replace("_", " "))
+    ax.set(xscale="log", ylabel=quantity.replace("_", " "))
+    ax.set_xlabel(r"$\alpha$ (dashed: $\alpha = \infty$, exactly linear)")
     ax.legend()
     save_figure(figure, o.out, f"{o.script}_alphas")
 
@@ -1470,9 +1471,9 @@ def lazy_from(pairs, on, quantity, level):
             break
         first = row
     if first is None:
-        return f"At {on} {level:g} no alpha is shown to be as lazy as the largest, by {quantity}."
-    return (f"At {on} {level:g}, {quantity} does not differ from that at alpha = {first['minus']:g} (95 % interval) from "
-            f"alpha = {first['alpha']:g} on.")
+        return f"At {on} {level:g}, {quantity} differs from that at the largest alpha at every other."
+    return (f"At {on} {level:g}, from alpha = {first['alpha']:g} on, the 95 % interval of the difference of {quantity} to "
+            f"that at alpha = {first['minus']:g} includes 0.")
 
 
 def save_figure(figure, folder, name):
