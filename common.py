@@ -1472,8 +1472,8 @@ def lazy_from(pairs, on, quantity, level):
         first = row
     if first is None:
         return f"At {on} {level:g}, {quantity} differs from that at the largest alpha at every other."
-    return (f"At {on} {level:g}, from alpha = {first['alpha']:g} on, the 95 % interval of the difference of {quantity} to "
-            f"that at alpha = {first['minus']:g} includes 0.")
+    return (f"At {on} {level:g}, from alpha = {first['alpha']:g} on, the 95 % interval of the difference of {quantity} "
+            f"to that at alpha = {first['minus']:g} includes 0.")
 
 
 def save_figure(figure, folder, name):
