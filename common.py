@@ -1304,17 +1304,16 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     if len(read) < 2:
         return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
                 "(--epochs); where the loss does not fall, try a smaller --lr.")
-    found = " and ".join(f"{cell(row)} at {on} {row['level']:g}" for row in read)
-    text = (f"{about}: {quantity} at alpha = {rich:g} minus {quantity} at alpha = {lazy:g} is {found} "
-            f"(n = {read[0]['n']}).")
-    if None in [row["low"] for row in read]:
-        return f"{text} An interval takes three seeds: nothing is concluded of the claim that {claim}."
     word = "is not shown by these runs"
-    if all(row["low"] > 0 for row in read):
+    if None in [row["low"] for row in read]:
+        word = "is not judged (an interval takes three seeds)"
+    elif all(row["low"] > 0 for row in read):
         word = "holds in these runs"
-    if all(row["high"] < 0 for row in read):
+    elif all(row["high"] < 0 for row in read):
         word = "is contradicted by these runs"
-    return f"{text} The claim that {claim} {word}."
+    found = " and ".join(f"{cell(row)} at {on} {row['level']:g}" for row in read)
+    return (f"The claim that {claim} {word}: {quantity} at alpha = {rich:g} minus that at alpha = {lazy:g} is {found} "
+            f"(n = {read[0]['n']}; {about}).")
 
 
 def cell(row):
