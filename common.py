@@ -1673,17 +1673,14 @@ def share_of_rank(tasks):
 
 
 def side_by_side(o, work, tasks):
-    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process), in true float32: TF32,
-    cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it rounds off. The first exception, or
+    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process). The first exception, or
     Ctrl-C, ends all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = o.jobs or (1 if o.device.type == "cuda" or "WORLD_SIZE" in os.environ else cores)
     jobs = min(jobs, len(tasks))
     if jobs <= 1:
         for task in tasks:
-            with true_float32():
-                result = work(*task)
-            yield result
+            yield exactly(work, *task)
         return
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     numbers = context.SimpleQueue()
@@ -1692,7 +1689,7 @@ def side_by_side(o, work, tasks):
     start = functools.partial(start_child, numbers, max(1, cores // jobs))
     with concurrent.futures.ProcessPoolExecutor(jobs, context, start) as pool:
         try:
-            for future in concurrent.futures.as_completed([pool.submit(work, *task) for task in tasks]):
+            for future in concurrent.futures.as_completed([pool.submit(exactly, work, *task) for task in tasks]):
                 yield future.result()
         except concurrent.futures.BrokenExecutor:
             raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the "
@@ -1703,12 +1700,18 @@ def side_by_side(o, work, tasks):
                 child.kill()
 
 
+def exactly(work, *task):
+    """work(*task) in true float32: TF32, cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it
+    rounds off."""
+    with true_float32():
+        return work(*task)
+
+
 def start_child(numbers, threads):
     """In a child of --jobs: its threads, its GPU; its end when the parent's comes; Ctrl-C is the parent's business."""
     torch.set_num_threads(threads)
     if torch.cuda.device_count():
         torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
-    true_float32().__enter__()
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
