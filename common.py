@@ -1245,16 +1245,12 @@ def differences(rows, quantities):
 
     Returns rows, [{"alpha", "minus", "on", "level", "quantity", "mean", "low", "high", "n"}, ...]: the mean over n
     seeds and its 95 % interval (Student's t; None below three seeds)."""
-    largest, lazy, paired = max((row["alpha"] for row in rows), default=None), {}, {}
+    largest, paired = max((row["alpha"] for row in rows), default=None), {}
+    lazy = {(row["seed"], row["on"], row["level"]): row for row in where(rows, alpha=largest)}
     for row in rows:
-        if row["alpha"] == largest:
-            lazy[row["seed"], row["on"], row["level"]] = row
-    for row in rows:
-        other = lazy.get((row["seed"], row["on"], row["level"]))
-        if other is None or other is row:
-            continue
+        other = lazy.get((row["seed"], row["on"], row["level"]), row)
         for name in quantities:
-            if row.get(name) is not None and other.get(name) is not None:
+            if other is not row and row.get(name) is not None and other.get(name) is not None:
                 paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(row[name] - other[name])
     result = []
     for (alpha, on, level, name), values in paired.items():
@@ -1262,6 +1258,11 @@ def differences(rows, quantities):
         result.append({"alpha": alpha, "minus": largest, "on": on, "level": level, "quantity": name, "mean": mean,
                        "low": low, "high": high, "n": len(values)})
     return result
+
+
+def where(rows, **wanted):
+    """The rows that have the wanted values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def interval(values):
@@ -1294,13 +1295,11 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     rich, lazy = rich_and_lazy(runs)
     if rich == lazy:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    common_levels = []
+    passed = []  # by every run
     for level in sorted({row["level"] for row in rows}):
-        having = [row["alpha"] for row in rows if row["on"] == on and row["level"] == level]
-        if all(having.count(alpha) == len(runs[alpha]) for alpha in (rich, lazy)):
-            common_levels.append(level)
-    read = [row for row in pairs if (row["alpha"], row["on"], row["quantity"]) == (rich, on, quantity)
-            and row["level"] in common_levels[:2]]
+        if all(len(where(rows, alpha=alpha, on=on, level=level)) == len(runs[alpha]) for alpha in (rich, lazy)):
+            passed.append(level)
+    read = [row for row in where(pairs, alpha=rich, on=on, quantity=quantity) if row["level"] in passed[:2]]
     if len(read) < 2:
         return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
                 "(--epochs); where the loss does not fall, try a smaller --lr.")
@@ -1334,9 +1333,8 @@ def print_table(title, rows, pairs, on, quantity):
         for level, values in levels.items():
             std = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             levels[level] = len(values), f"{np.mean(values):.3f}{std}"
-    for row in pairs:
-        if row["on"] == on and row["quantity"] == quantity:
-            columns.setdefault(f"{row['alpha']:g} - {row['minus']:g}", {})[row["level"]] = row["n"], cell(row)
+    for row in where(pairs, on=on, quantity=quantity):
+        columns.setdefault(f"{row['alpha']:g} - {row['minus']:g}", {})[row["level"]] = row["n"], cell(row)
     print(f"\n{title}\n{on:>18}", end="")
     most = {header: max(n for n, _ in levels.values()) for header, levels in columns.items()}
     for header in columns:
@@ -1372,8 +1370,8 @@ def draw(ax, rows, on, quantity, linestyle="-", name=""):
     goes to the right. Levels that not all of its runs pass are left out. name: written at the end of the line."""
     for alpha in sorted({row["alpha"] for row in rows}):
         values = {}
-        for row in rows:
-            if (row["alpha"], row["on"]) == (alpha, on) and row.get(quantity) is not None:
+        for row in where(rows, alpha=alpha, on=on):
+            if row.get(quantity) is not None:
                 values.setdefault(row["level"], []).append(row[quantity])
         most = max(map(len, values.values()), default=0)
         levels = sorted((level for level in values if len(values[level]) == most), reverse=True)
@@ -1398,7 +1396,7 @@ def to_the_right(ax, on):
 def draw_differences(ax, pairs, on, quantity):
     """Each alpha minus the largest at every level, with its 95 % interval, and a line at 0."""
     ax.axhline(0, color="black", linewidth=.8)
-    read = [row for row in pairs if row["on"] == on and row["quantity"] == quantity]
+    read = where(pairs, on=on, quantity=quantity)
     alphas = sorted({row["alpha"] for row in read})
     for row in read:
         level = row["level"] * (1 - .012 * alphas.index(row["alpha"]))  # beside each other
@@ -1434,14 +1432,14 @@ def draw_alphas(o, rows, pairs, on, quantity, levels=None):
     if len(alphas) < 4:
         return
     if levels is None:
-        having = [{row["level"] for row in rows if (row["alpha"], row["on"]) == (alpha, on)} for alpha in alphas]
+        having = [{row["level"] for row in where(rows, alpha=alpha, on=on)} for alpha in alphas]
         levels = sorted(set.intersection(*having))[:3]
     figure = Figure(figsize=(8.3, 4.2), layout="constrained")
     ax = figure.subplots()
     for level, shade in zip(levels, ("#d55e00", "#0072b2", "#009e73")):
         found = {}
         for alpha in alphas:
-            values = [row[quantity] for row in rows if (row["alpha"], row["on"], row["level"]) == (alpha, on, level)]
+            values = [row[quantity] for row in where(rows, alpha=alpha, on=on, level=level)]
             if values:
                 found[alpha] = interval(values)
         finite = [alpha for alpha in found if alpha < math.inf]
@@ -1462,11 +1460,9 @@ def draw_alphas(o, rows, pairs, on, quantity, levels=None):
 
 def lazy_from(pairs, on, quantity, level):
     """In a sentence: from which alpha on the 95 % interval of the difference to the largest alpha includes 0."""
-    read = [row for row in pairs if (row["on"], row["quantity"], row["level"]) == (on, quantity, level)
-            and row["low"] is not None]
     first = None
-    for row in sorted(read, key=lambda row: -row["alpha"]):
-        if not row["low"] <= 0 <= row["high"]:
+    for row in sorted(where(pairs, on=on, quantity=quantity, level=level), key=lambda row: -row["alpha"]):
+        if row["low"] is None or not row["low"] <= 0 <= row["high"]:
             break
         first = row
     if first is None:
