@@ -508,26 +508,6 @@ def test_kernel_alignment():
             common.kernel_alignment(K, bad)
 
 
-def test_target_alignment():
-    y = torch.tensor([0, 1, 1, 0])
-    same = (y[:, None] == y).double()
-    assert common.target_alignment(same, y) == pytest.approx(1)
-    assert common.target_alignment(same, y, centered=False) == pytest.approx(1)
-    Y = F.one_hot(y, 3).double().reshape(12, 1)
-    assert common.target_alignment((Y @ Y.T).view(4, 3, 4, 3), y) == pytest.approx(1)
-    signs = 2.0 * y - 1
-    K = kernel(0, 4)
-    assert common.target_alignment(K, signs, centered=False) == pytest.approx(
-        (signs.double() @ K @ signs.double() / (K.norm() * 4)).item())
-    assert common.target_alignment(K.view(4, 1, 4, 1), signs, centered=False) == pytest.approx(
-        common.target_alignment(K, signs, centered=False))
-
-
-def test_target_alignment_of_one_output_takes_class_indices():
-    y, K = torch.tensor([0, 1, 1, 0]), kernel(0, 4)
-    assert common.target_alignment(K.view(4, 1, 4, 1), y) == pytest.approx(common.target_alignment(K, 2.0 * y - 1))
-
-
 def test_relu_signs_and_representation_by_hand():
     model = common.mlp([2, 2, 1])
     with torch.no_grad():
@@ -590,24 +570,6 @@ def test_kernel_alignment_has_no_scale(scale, centered):
     assert common.kernel_alignment(scale * K, scale * K, centered) == pytest.approx(1)
     assert common.kernel_alignment(scale * K, K, centered) == pytest.approx(1)
     assert common.kernel_alignment(scale * K, L / scale, centered) == pytest.approx(common.kernel_alignment(K, L, centered))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float32])
-@pytest.mark.parametrize("centered", [False, True])
-def test_target_alignment_of_integer_targets(dtype, centered):
-    y, K = torch.tensor([0, 1, 2, 0]), kernel(0, 12).view(4, 3, 4, 3)
-    one_hot, signs = F.one_hot(y, 3), torch.tensor([1, -1, -1, 1])
-    for k, targets in ((K, one_hot), (kernel(0, 4), one_hot), (kernel(0, 4), signs), (kernel(0, 4).view(4, 1, 4, 1), signs),
-                       (kernel(0, 4).view(4, 1, 4, 1), signs[:, None])):
-        expected = common.target_alignment(k, targets.double(), centered)
-        assert common.target_alignment(k, targets.to(dtype), centered) == pytest.approx(expected)
-    assert common.target_alignment(K, y, centered) == pytest.approx(common.target_alignment(K, one_hot, centered))
-
-
-@pytest.mark.parametrize("y", [torch.tensor([0, 1, 3, 0]), torch.tensor([0, 1, 2]), torch.randn(4), torch.randn(4, 2)])
-def test_target_alignment_of_labels_that_do_not_fit(y):
-    with pytest.raises(ValueError):
-        common.target_alignment(kernel(0, 12).view(4, 3, 4, 3), y)
 
 
 def test_linearisation_error_without_a_forward_mode_formula():

@@ -236,7 +236,6 @@ EXAMPLES = {
     "true_float32": lambda g: torch.tensor(g().__enter__() is None),
     "Jacobian": lambda g: (lambda J: J.product(J))(g(net(), X, 2**30, True)),
     "kernel_alignment": lambda g: torch.tensor(g(K, K2, True)),
-    "target_alignment": lambda g: torch.tensor(g(K, torch.tensor([0, 1, 0, 1, 2]))),
     "relu_signs": lambda g: g(net(), X),
     "sign_similarity": lambda g: torch.tensor(g(X > 0, X > .5)),
     "representation": lambda g: g(net(), X),
