@@ -227,12 +227,7 @@ def scaled_sgd(centered, lr, momentum=0.0):
     alpha = centered.alpha
     scaled_lr = lr if alpha == float("inf") else lr / alpha**2
     parameters = [p for p in centered.parameters() if p.requires_grad]
-    # One pass over the memory, not three; torch has it for dense real gradients of one kind, on one device.
-    kinds = {(p.device.type, p.device.index, p.dtype, p.is_sparse) for p in parameters}
-    fused = len(kinds) == 1 and kinds.pop()[2] in (torch.float32, torch.float64)
-    if any(getattr(m, "sparse", False) for m in centered.modules()) or parameters[0].device.type not in ("cpu", "cuda"):
-        fused = False
-    return torch.optim.SGD(parameters, lr=scaled_lr, momentum=momentum, fused=fused)
+    return torch.optim.SGD(parameters, lr=scaled_lr, momentum=momentum)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

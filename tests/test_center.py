@@ -351,6 +351,5 @@ def test_alpha_inf_of_modules_without_a_forward_mode_formula(make):
 def test_runs_on_the_meta_device(alpha):
     f = common.center(common.resnet18(10).to("meta"), alpha)
     optimizer = common.scaled_sgd(f, .1, .9)
-    assert not optimizer.param_groups[0]["fused"]
     f(torch.zeros(4, 3, 32, 32, device="meta")).sum().backward()
     optimizer.step()

@@ -68,7 +68,7 @@ def test_gradient_descent_is_the_recursion(alpha, momentum):
     f = common.center(Diagonal(), alpha)
     path = trained(f, common.scaled_sgd(f, lr, momentum), 200)
     assert (path - recursion(alpha, lr, 200, momentum)).abs().max() < 1e-12
-    assert (path[-1] / THETA).min() > .1  # something has been learnt
+    assert (path[-1] / THETA).min() > .01  # something has been learnt
 
 
 def test_small_steps_follow_the_logistic_curve():
