@@ -135,23 +135,22 @@ class LinearizedModel(nn.Module):
     @staticmethod
     def derivative(model, x, direction, forward_mode):
         """d f_(theta + t direction)(x) / dt at t = 0, (N, C); direction: {a parameter's name: tensor}."""
-        wanted, cudnn = torch.is_grad_enabled(), torch.backends.cudnn.enabled
-        if forward_mode:
-            theta = {name: model.get_parameter(name).detach() for name in direction}
-            return torch.func.jvp(lambda theta: torch.func.functional_call(model, theta, (x.clone(),)),
-                                  (theta,), (direction,))[1]
-
         def f(*theta):
             return torch.func.functional_call(model, dict(zip(direction, theta)), (x.clone(),))
 
-        # Fast implementations cannot always be differentiated twice, the plain ones can.
-        with torch.inference_mode(False), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            x, theta = x.clone(), tuple(model.get_parameter(name).detach().clone() for name in direction)
-            try:
-                torch.backends.cudnn.enabled = False
-                return torch.autograd.functional.jvp(f, theta, tuple(direction.values()), create_graph=wanted)[1]
-            finally:
-                torch.backends.cudnn.enabled = cudnn
+        wanted, cudnn = torch.is_grad_enabled(), torch.backends.cudnn.enabled
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):  # no derivative is seen in inference mode
+            x = x.clone()
+            theta = tuple(model.get_parameter(name).detach() for name in direction)
+            if forward_mode:
+                return torch.func.jvp(f, theta, tuple(direction.values()))[1]
+            # Fast implementations cannot always be differentiated twice, the plain ones can.
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                try:
+                    torch.backends.cudnn.enabled = False
+                    return torch.autograd.functional.jvp(f, theta, tuple(direction.values()), create_graph=wanted)[1]
+                finally:
+                    torch.backends.cudnn.enabled = cudnn
 
     @staticmethod
     def admits_forward_mode(model, x):
