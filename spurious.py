@@ -394,7 +394,7 @@ def draw(o, rows, pairs):
         ax.set(title=title, xlabel=f"accuracy, {major}", ylabel=f"accuracy, {minor}")
     common.draw_crosses(train, PAPER.get(name, {}))
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
-    difference.set_title(f"(b) gap in loss, minus that at {common.alpha_label(max(row['alpha'] for row in rows))}")
+    difference.set_title(r"(b) gap in loss, minus that at the largest $\alpha$")
     common.draw(losses, rows, "mean_train_loss", "against_loss", "-", minor.split()[-1])
     common.draw(losses, rows, "mean_train_loss", "with_loss", "--", major.split()[-1])
     losses.set(title="(c) loss of the cells", ylabel=f"loss ({o.loss})")
