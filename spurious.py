@@ -72,7 +72,7 @@ def load(o):
         images = common.load_images(o.dataset)
     else:
         raise ValueError(f"--dataset {o.dataset}: must be celeba, waterbirds, dominoes, synthetic or a file FILE.npz")
-    if not {"attribute_train", "attribute_test"} <= set(images) or images["y_train"].max() > 1:
+    if not {"attribute_train", "attribute_test"} <= set(images) or set(images["y_train"]) != {0, 1}:
         raise ValueError(f"{o.dataset}: needs labels 0 and 1, and attribute_train and attribute_test likewise")
     for seed in o.seeds:  # before the first run trains
         keep = common.training_indices(images, seed, o)
