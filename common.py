@@ -721,7 +721,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in file.files}
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:  # damaged bytes make numpy and zipfile raise nearly anything
         reason = (str(error) or type(error).__name__).split("\n")[0][:150]

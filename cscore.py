@@ -187,7 +187,7 @@ def draw(o, rows, pairs):
                 common.draw_crosses(losses, {alpha: {level: values[k] for level, values in points.items()}})
     losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
-    difference.set_title(f"(b) gap 1 - 10, minus that at {common.alpha_label(max(row['alpha'] for row in rows))}")
+    difference.set_title(r"(b) gap 1 - 10, minus that at the largest $\alpha$")
     common.draw_similarities(similarity, rows, "mean_train_loss")
     similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "mean_train_loss", "linearisation_error")

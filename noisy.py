@@ -113,7 +113,7 @@ def draw(o, rows, pairs):
     if "cifar10" in o.dataset:
         common.draw_crosses(losses, PAPER)
     common.draw_differences(difference, pairs, "clean_loss", "noisy_loss")
-    difference.set_title(f"(b) noisy loss, minus that at {common.alpha_label(max(row['alpha'] for row in rows))}")
+    difference.set_title(r"(b) noisy loss, minus that at the largest $\alpha$")
     common.draw_similarities(similarity, rows, "clean_loss")
     similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "clean_loss", "linearisation_error")

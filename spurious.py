@@ -72,7 +72,7 @@ def load(o):
         images = common.load_images(o.dataset)
     else:
         raise ValueError(f"--dataset {o.dataset}: must be celeba, waterbirds, dominoes, synthetic or a file FILE.npz")
-    if not {"attribute_train", "attribute_test"} <= set(images) or images["y_train"].max() > 1:
+    if not {"attribute_train", "attribute_test"} <= set(images) or set(images["y_train"]) != {0, 1}:
         raise ValueError(f"{o.dataset}: needs labels 0 and 1, and attribute_train and attribute_test likewise")
     for seed in o.seeds:  # before the first run trains
         keep = common.training_indices(images, seed, o)
@@ -394,7 +394,7 @@ def draw(o, rows, pairs):
         ax.set(title=title, xlabel=f"accuracy, {major}", ylabel=f"accuracy, {minor}")
     common.draw_crosses(train, PAPER.get(name, {}))
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
-    difference.set_title(f"(b) gap in loss, minus that at {common.alpha_label(max(row['alpha'] for row in rows))}")
+    difference.set_title(r"(b) gap in loss, minus that at the largest $\alpha$")
     common.draw(losses, rows, "mean_train_loss", "against_loss", "-", minor.split()[-1])
     common.draw(losses, rows, "mean_train_loss", "with_loss", "--", major.split()[-1])
     losses.set(title="(c) loss of the cells", ylabel=f"loss ({o.loss})")
