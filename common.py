@@ -1182,9 +1182,8 @@ def crc32(arrays):
 
 
 def name_of(thing):
-    """How args.json and the pictures call a loss or a network: a function's name, a module's class; nn.Sequential is
-    called by its last module's."""
-    while isinstance(thing, nn.Sequential):
+    """How args.json and the pictures call a loss or a network: a function's name, a module's class."""
+    if isinstance(thing, nn.Sequential):  # the first layer standardises the images
         thing = thing[-1]
     return getattr(thing, "__name__", type(thing).__name__)
 
