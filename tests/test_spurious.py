@@ -1,174 +1,324 @@
-"""spurious.py: pretrained weights and networks, whole runs, wrong inputs; its data have a file of their own."""
+"""spurious.py: its data from look-alike files, hostile archives, its cells and networks. And of the three scripts that
+train on images: what they write, and what they refuse."""
+import gzip
 import json
 import math
 import os
-import subprocess
-import sys
+import tarfile
 import types
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import datasets, models
 
-import common
+import cscore
+import noisy
 import spurious
-from conftest import ROOT
+from conftest import TINY, records_of
 
-TINY = dict(alpha=[1, 100], epochs=3, width=2, batch_size=20, probe_examples=6, device="cpu")
-
-
-IMAGES = {"x_train": np.zeros((1, 64, 64, 3), np.uint8), "mean": [.5] * 3, "std": [.2] * 3}
+WATERBIRDS = "waterbird_complete95_forest2water2"
 
 
-def tiny_arrays(train=((30, 4), (3, 30)), test=((5, 5), (5, 5)), size=8):
-    """Counts of (label, attribute) -> arrays. The label is a bar's place, the attribute the image's brightness."""
+def refused(match, function, *arguments, **options):
+    """function(...) is a ValueError or an OSError, in one line that matches."""
+    with pytest.raises((ValueError, OSError), match=match) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 3000
+
+
+def load(dataset, data_dir="data", **changes):
+    options = dict(dataset=dataset, data_dir=data_dir, digits=[7, 9], agree=.95, seeds=[0], subset=None, batch_size=1)
+    return spurious.load(types.SimpleNamespace(**{**options, **changes}))
+
+
+def small_arrays(train=(30, 4, 3, 30), test=(5, 5, 5, 5), size=8):
+    """Counts of the cells 00, 01, 10, 11 -> arrays. The label is a bar's place, the attribute the brightness."""
     rng, arrays = np.random.default_rng(0), {}
     for split, counts in (("train", train), ("test", test)):
-        y, a = np.array([(y, a) for y in (0, 1) for a in (0, 1) for _ in range(counts[y][a])], dtype=np.int64).T
-        x = rng.integers(0, 60, (len(y), size, size, 3)) + 80 * a[:, None, None, None]
-        for i, label in enumerate(y):
-            x[i, :, 4 * label:4 * label + 2] += 60
-        arrays.update({f"x_{split}": x.astype(np.uint8), f"y_{split}": y, f"attribute_{split}": a})
+        y, attribute = np.repeat([0, 0, 1, 1], counts), np.repeat([0, 1, 0, 1], counts)
+        x = rng.integers(0, 60, (len(y), size, size, 3)) + 80 * attribute[:, None, None, None]
+        x[y == 0, :, :2] += 60
+        x[y == 1, :, 4:6] += 60
+        arrays.update({f"x_{split}": x.astype(np.uint8), f"y_{split}": y, f"attribute_{split}": attribute,
+                       f"score_{split}": rng.uniform(size=len(y))})
     return arrays
 
 
+def no_network(*arguments, **more):
+    raise urllib.error.URLError("Name or service not known")
+
+
+@pytest.mark.parametrize("agree", [.6, .9])
+def test_dominoes(agree, monkeypatch):
+    """Digits and images are numbers, in one pixel or in all, whose last digit is their kind: below 150 they are of the
+    training sets, above of the test sets."""
+    def numbered(self, root, train, download):
+        number = torch.arange(150) if train else torch.arange(150, 200)
+        if isinstance(self, datasets.MNIST):
+            number = number[:len(number) // 2]  # so few that they are used again
+            self.data = torch.arange(28).repeat(len(number), 28, 1)
+            self.data[:, 0, 0] = number
+        else:
+            self.data = number[:, None, None, None].repeat(1, 32, 32, 3).numpy()
+        self.targets = number % 10 if isinstance(self, datasets.MNIST) else (number % 10).tolist()
+
+    monkeypatch.setattr(datasets.CIFAR10, "__init__", numbered)
+    monkeypatch.setattr(datasets.MNIST, "__init__", numbered)
+    images = load("dominoes", digits=[2, 5], agree=agree)
+    for split, share, numbers in (("train", agree, range(150)), ("test", .5, range(150, 200))):
+        x, y, attribute = (images[f"{name}_{split}"] for name in ("x", "y", "attribute"))
+        digit, below = x[:, 2, 2, 0], x[:, 40, 5, 1]
+        assert (y == attribute).mean() == share and (x[:, 5, 2:30, 2] == np.arange(28)).all()
+        assert sorted(below) == [k for k in numbers if k % 10 in (1, 9)]  # each automobile and truck once
+        assert np.array_equal(below % 10, np.where(y == 1, 9, 1)) and set(digit) <= set(numbers)
+        assert np.array_equal(digit % 10, np.where(attribute == 1, 5, 2))
+        assert not x[:, [0, 1, 30, 31]].any() and not x[:, :32, [0, 1, 30, 31]].any()
+        for kind in (0, 1):  # no digit is used twice more often than another
+            assert np.ptp(np.unique(digit[attribute == kind], return_counts=True)[1]) <= 1
+    assert np.array_equal(images["x_train"], load("dominoes", digits=[2, 5], agree=agree)["x_train"])
+
+
 @pytest.fixture
-def tiny(tmp_path):
-    np.savez(tmp_path / "tiny.npz", **tiny_arrays())
-    return str(tmp_path / "tiny.npz")
+def celeba(tmp_path, monkeypatch):
+    """Seven images, four for training, one for validation, two for testing."""
+    folder = tmp_path / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    attributes = ["-1  1 -1", "-1 -1  1", "-1  1  1", "-1 -1 -1", "-1 -1 -1", "-1  1 -1", "-1 -1  1"]
+    for name, text, values in (("list_attr_celeba", "7\n5_o_Clock_Shadow Blond_Hair Male \n", attributes),
+                               ("list_eval_partition", "", [0, 0, 0, 1, 0, 2, 2]), ("identity_CelebA", "", range(7)),
+                               ("list_bbox_celeba", "7\nimage_id x y\n", ["1 2"] * 7),
+                               ("list_landmarks_align_celeba", "7\nlefteye_x lefteye_y\n", ["1 2"] * 7)):
+        for k, value in enumerate(values):
+            text += f"{k + 1:06d}.jpg {value}\n"
+        (folder / f"{name}.txt").write_text(text)
+    for k in range(7):
+        Image.new("RGB", (178, 218), (30 * k, 99, 200)).save(folder / "img_align_celeba" / f"{k + 1:06d}.jpg", quality=95)
+    monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", no_network)
+    return tmp_path
 
 
-# Networks
+def test_celeba(celeba, monkeypatch):
+    """The training set, the pool, the test set; a damaged image; a table missing, cut short, or of another checksum."""
+    there = lambda path, md5=None: os.path.isfile(path)
+    monkeypatch.setattr("torchvision.datasets.celeba.check_integrity", there)
+    monkeypatch.setattr(spurious, "CELEBA_TRAIN", 3)
+    images, folder = load("celeba", celeba), celeba / "celeba" / "img_align_celeba"
+    assert images["y_pool"].tolist() == [1, 0, 1, 0] and images["attribute_pool"].tolist() == [0, 1, 1, 0]
+    assert images["y_train"].tolist() == [1, 0, 1] and images["x_train"].shape == (3, 224, 224, 3)
+    assert images["y_test"].tolist() == [1, 0] and images["attribute_test"].tolist() == [0, 1]
+    assert images["mean"] == [.485, .456, .406] and images["std"] == [.229, .224, .225]
+    x = images["x_pool"][np.arange(4)]
+    assert x.shape == (4, 224, 224, 3) and x.dtype == np.uint8
+    np.testing.assert_allclose(x.mean((1, 2)), [(0, 99, 200), (30, 99, 200), (60, 99, 200), (120, 99, 200)], atol=3)
+    band = np.zeros((218, 178, 3), np.uint8)
+    band[:15] = 255  # the middle 178 of 218 rows stay
+    Image.fromarray(band).save(folder / "000001.jpg")
+    (folder / "000002.jpg").write_bytes(b"\xff\xd8 this is no JPEG")
+    assert images["x_pool"][np.array([0])].max() < 10
+    refused("000002.jpg.: missing, damaged", images["x_pool"].__getitem__, np.arange(2))
+    table = celeba / "celeba" / "list_attr_celeba.txt"
+    text = table.read_text()
+    for content, check in ((None, there), (text[:-5], there), (text, datasets.utils.check_integrity)):
+        monkeypatch.setattr("torchvision.datasets.celeba.check_integrity", check)
+        table.unlink() if content is None else table.write_text(content)
+        refused(f"CelebA could not be had from Google Drive.*Put list_attr_celeba.txt, .* into {table.parent} by hand.*"
+                r"--dataset dominoes \(downloads MNIST and CIFAR-10\) or --dataset synthetic", load, "celeba", celeba)
 
 
-def test_pretrained_weights(tmp_path, monkeypatch):
-    from torchvision.models import ResNet18_Weights, resnet18
-    o = types.SimpleNamespace(dataset="waterbirds", from_scratch=False, data_dir=str(tmp_path), width=64)
-
-    def no_network(*arguments, **more):
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(OSError, match="resnet18-.*Name or service not known.*by hand, over what is there, or try --from-scratch"):
-        spurious.network(o, IMAGES)
-    path = tmp_path / ResNet18_Weights.IMAGENET1K_V1.url.split("/")[-1]
-    path.write_bytes(b"not a weights file")
-    with pytest.raises(OSError, match="ImageNet weights could not be had"):
-        spurious.network(o, IMAGES)
-    source = resnet18()
-    source.bn1.running_mean += 1
-    torch.save(source.state_dict(), path)
-    standardise, model = spurious.network(o, IMAGES).eval()
-    assert not any(m.training for m in model.modules()) and model.fc.out_features == 1
-    assert torch.equal(model.bn1.running_mean, source.bn1.running_mean)
-    assert torch.equal(model.conv1.weight, source.conv1.weight)
-    assert model.bn1.weight.requires_grad and not any("running" in name for name, _ in model.named_parameters())
-    o.from_scratch = True
-    scratch = spurious.network(o, IMAGES)
-    assert {n.split(".")[-1] for n, _ in scratch.named_parameters() if "fc" not in n} == {"weight"}  # no conv bias
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in scratch.modules())
+@pytest.fixture
+def waterbirds(tmp_path):
+    """Fourteen training images, four in either cell with the correlation; one a cell for testing."""
+    folder = tmp_path / WATERBIRDS
+    rows = [(y, place, split) for y in (0, 1) for place in (0, 1) for split in (0, 0, 0, 2)]
+    lines = ["img_id,img_filename,y,split,place,place_filename\n"]
+    for k, (y, place, split) in enumerate([*rows, (0, 0, 0), (1, 1, 0), (0, 1, 1)]):
+        image = folder / f"{k % 3 + 1:03d}.Bird" / f"Bird_{k}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (320, 290), (40 + 150 * y, 40 + 150 * place, 100 * split)).save(image, quality=95)
+        lines.append(f'{k},{image.relative_to(folder)},{y},{split},{place},"/b/bamboo forest/0.jpg"\n')
+    (folder / "metadata.csv").write_text("".join(lines))
+    return tmp_path
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_torchvision_networks_through_the_core(pretrained, tmp_path, monkeypatch):
-    """Both networks are exactly 0 at the start, linear at alpha = inf, and all linearity measures work on them."""
-    from torchvision.models import resnet18
-    monkeypatch.setattr("torchvision.models.ResNet18_Weights.get_state_dict", lambda *a, **k: resnet18().state_dict())
-    o = types.SimpleNamespace(dataset="waterbirds", from_scratch=not pretrained, data_dir=str(tmp_path), width=64)
-    x, y = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8), torch.tensor([0, 1, 1])
-    with common.seeded("init", 0):
-        model = spurious.network(o, IMAGES)
-    centered = common.center(model, 2.0)
-    assert centered(x).shape == (3, 1) and not centered(x).any()
-    measures = common.Linearity(centered, x, y)
-    assert measures()["ntk_alignment"] == pytest.approx(1, abs=1e-5) and measures()["sign_similarity"] == 1
-    before = model(x).detach()
-    optimizer = common.scaled_sgd(centered, 1e-3)
-    spurious.loss_of(centered(x), y).backward()
-    optimizer.step()
-    assert not torch.equal(model(x), before) and measures()["ntk_alignment"] < 1
-    linear = common.center(spurious.network(o, IMAGES), math.inf)
-    assert not linear(x).any()
+def test_waterbirds_folder(waterbirds):
+    images = load("waterbirds", waterbirds)
+    assert images["y_test"].tolist() == [0, 0, 1, 1] and images["attribute_test"].tolist() == [0, 1, 0, 1]
+    x = images["x_train"][np.arange(14)]
+    assert x.shape == (14, 224, 224, 3) and images["mean"] == [.485, .456, .406]
+    np.testing.assert_allclose(x[..., 0].mean((1, 2)), 40 + 150 * images["y_train"], atol=3)
+    np.testing.assert_allclose(x[..., 1].mean((1, 2)), 40 + 150 * images["attribute_train"], atol=3)
+    table = waterbirds / WATERBIRDS / "metadata.csv"
+    text = table.read_text()
+    for old, new in (("img_filename", "file"), ("split", "part"), (",y,", ",label,"), ("jpg,0,0,0,", "jpg,2,0,0,"),
+                     ("jpg,0,0,0,", "jpg,0,3,0,"), ("jpg,0,0,0,", "jpg,0,0,yes,"), ("jpg,0,0,0,", "jpg\n"),
+                     ("/b/bamboo", "b" * 200_000), ("0,001.Bird", '0,"001.Bird')):
+        table.write_text(text.replace(old, new, 1))
+        refused("metadata.csv: line [0-9]+: needs img_filename, y and place", load, "waterbirds", waterbirds)
+    table.write_text(text.split("\n")[0])
+    refused("waterbirds: needs labels 0 and 1", load, "waterbirds", waterbirds)
 
 
-def test_waterbirds_run(tmp_path, monkeypatch):
-    """One whole run at 224 pixels with a local weights file, at the paper's learning rate for it."""
-    from torchvision.models import ResNet18_Weights, resnet18
-    with common.seeded("weights", 0):
-        torch.save(resnet18().state_dict(), tmp_path / ResNet18_Weights.IMAGENET1K_V1.url.split("/")[-1])
-    images = {**tiny_arrays(train=((5, 2), (2, 5)), test=((2, 1), (1, 2)), size=224), "mean": [.5] * 3, "std": [.2] * 3}
-    monkeypatch.setattr(spurious, "waterbirds", lambda data_dir: images)
-    out = tmp_path / "out"
-    spurious.main(dataset="waterbirds", data_dir=str(tmp_path), out=str(out), alpha=[1], epochs=1, batch_size=7,
-                  probe_examples=2, device="cpu")
-    args = json.loads((out / "alpha=1_seed=0" / "args.json").read_text())
-    assert args["run"]["lr"] == .001 and args["dataset"] == "waterbirds"
-    last = json.loads((out / "alpha=1_seed=0" / "log.jsonl").read_text().splitlines()[-1])
-    assert last["iteration"] == 2 and math.isfinite(last["test_loss"]) and 0 < last["ntk_alignment"] <= 1.001
+def test_waterbirds_archive(waterbirds, tmp_path, monkeypatch):
+    """What is cut short or changed is not taken for whole; what is left of an earlier call is not taken either."""
+    with tarfile.open(tmp_path / "good.tar.gz", "w:gz") as members:
+        members.add(waterbirds / WATERBIRDS, WATERBIRDS)
+    good, new, archive = (tmp_path / "good.tar.gz").read_bytes(), tmp_path / "new", f"{WATERBIRDS}.tar.gz"
+    flipped = bytearray(gzip.compress(gzip.decompress(good), compresslevel=0))
+    flipped[flipped.index(b"JFIF") + 100] ^= 1  # of a picture, stored: only gzip's checksum at the very end can tell
+    (new / f"{WATERBIRDS}.part" / WATERBIRDS / "leftover").mkdir(parents=True)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
+    for content, reason in ((None, "not known"), (good[:-4], ""), (good[:999], ""), (flipped, "CRC check failed")):
+        if content:
+            (new / archive).write_bytes(content)
+        refused(fr"from {spurious.WATERBIRDS} \(.*{reason}.*\). Put {archive} into {new} by hand, .*--dataset dominoes",
+                load, "waterbirds", new)
+        assert not (new / WATERBIRDS).exists()
+    (new / archive).rename(new / f"{archive}.part")
+
+    def download_url(url, root, filename):
+        assert url == spurious.WATERBIRDS and not (root / filename).exists()
+        (root / filename).write_bytes(good)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
+    for _ in range(2):  # the second time without a download
+        assert len(load("waterbirds", new)["y_train"]) == 14 and not (new / WATERBIRDS / "leftover").exists()
+        assert sorted(os.listdir(new)) == [WATERBIRDS, archive]
 
 
-# Whole runs
+@pytest.mark.parametrize("kind, name, target", [
+    (tarfile.REGTYPE, "SCRATCH/stolen", ""), (tarfile.REGTYPE, "../scratch/stolen", ""),
+    (tarfile.SYMTYPE, f"{WATERBIRDS}/link", "SCRATCH"), (tarfile.SYMTYPE, f"{WATERBIRDS}/link", "../../../scratch"),
+    (tarfile.LNKTYPE, f"{WATERBIRDS}/h", "SCRATCH/secret"), (tarfile.LNKTYPE, f"{WATERBIRDS}/h", "../scratch/secret"),
+    (tarfile.FIFOTYPE, f"{WATERBIRDS}/pipe", ""), (tarfile.CHRTYPE, f"{WATERBIRDS}/two\nlines", "")])
+def test_hostile_archives(tmp_path, kind, name, target):
+    """Each comes behind a table; whatever becomes of it, nothing is written or linked outside."""
+    new, scratch = tmp_path / "new", tmp_path / "scratch"
+    new.mkdir()
+    scratch.mkdir()
+    (scratch / "secret").write_text("mine")
+    with tarfile.open(new / f"{WATERBIRDS}.tar.gz", "w:gz") as tar:
+        for member, link in ((f"{WATERBIRDS}/metadata.csv", ""), (name, target), (f"{WATERBIRDS}/link/stolen", "")):
+            info = tarfile.TarInfo(member.replace("SCRATCH", str(scratch)))
+            info.type, info.linkname = tarfile.REGTYPE, link.replace("SCRATCH", str(scratch))
+            if member == name:
+                info.type = kind
+            tar.addfile(info)
+    refused(f"could not be had.*{WATERBIRDS}.tar.gz|waterbirds: needs labels", load, "waterbirds", new)
+    assert os.listdir(scratch) == ["secret"] and (scratch / "secret").stat().st_nlink == 1
+    assert (scratch / "secret").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["new", "scratch"]
 
 
-def test_files_and_keys(tiny, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "spurious.py"), "--dataset", tiny, "--out", str(out), "--seeds", "0", "1",
-               "--alpha", "1", "100", "--epochs", "12", "--width", "2", "--batch-size", "20", "--probe-examples", "6",
-               "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "1 - 100, paired" in done.stdout and "Traceback" not in done.stderr
-    assert {"spurious.png", "spurious.pdf", "spurious_curves.png", "summary.json"} <= {p.name for p in out.iterdir()}
-    strict = lambda text: json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not strict JSON"))
-    names = ("cell_00", "cell_01", "cell_10", "cell_11", "with", "against")
-    keys = {f"{start}{name}_{what}" for start in ("", "test_") for name in names for what in ("loss", "acc")}
-    keys |= {"mean_train_loss", "mean_train_acc", "test_loss", "test_acc", "test_acc_reweighted", "balanced_train_acc",
-             "worst_train_acc", "worst_test_acc", "iteration", "epoch", "seconds"}
-    for alpha in (1, 100):
-        for seed in (0, 1):
-            folder = out / f"alpha={alpha}_seed={seed}"
-            assert (folder / "args.json").exists() and (folder / "checkpoint.pt").exists()
-            for record in map(strict, (folder / "log.jsonl").read_text().splitlines()):
-                assert keys <= set(record)
-            first = strict((folder / "log.jsonl").read_text().splitlines()[0])
-            assert first["mean_train_loss"] == pytest.approx(math.log(2)) and "ntk_alignment" in first
-    summary = strict((out / "summary.json").read_text())
-    assert set(summary) >= {"options", "alphas", "paired", "at_equal_accuracy", "diverged"}
-    assert "1 - 100" in summary["paired"]
-    at_equal = summary["at_equal_accuracy"]
-    for part in (at_equal["alphas"]["1"], at_equal["alphas"]["100"], at_equal["paired"]["1 - 100"]):
-        assert set(part["levels"]["end"]) == {"against_acc", "test_against_acc", "test_acc"}
-    from PIL import Image
-    picture = np.asarray(Image.open(out / "spurious.png").convert("RGBA"))
-    assert (picture[..., 3] == 255).all() and (picture[[0, -1]] == 255).all() and (picture[:, [0, -1]] == 255).all()
+def test_cells_unequal_and_empty():
+    y, attribute = np.repeat([0, 0, 1, 1], [200, 3, 56, 300]), np.repeat([0, 1, 0, 1], [200, 3, 56, 300])
+    number = np.arange(len(y))
+    x = np.stack([number // 256, number % 256], 1).astype(np.uint8)[:, None, None]  # an image tells which it is
+
+    def drawn(seed, inside=number):
+        images = {"x_test": x, "y_test": y, "attribute_test": attribute}
+        cells = spurious.watch(images, "test", inside, seed, types.SimpleNamespace(group_size=150, device="cpu"))
+        index = (256 * cells["x"][:, 0, 0, 0].int() + cells["x"][:, 1, 0, 0]).numpy()
+        assert np.array_equal(cells["y"], y[index]) and cells["sizes"] == [150, 3, 56, 150]
+        return np.split(index, np.cumsum(cells["sizes"])[:-1])
+
+    for name, index in zip(("00", "01", "10", "11"), drawn(0)):
+        assert (y[index] == int(name[0])).all() and (attribute[index] == int(name[1])).all()
+    assert np.array_equal(drawn(0)[3], drawn(0)[3]) and not np.array_equal(drawn(0)[3], drawn(1)[3])
+    assert min(drawn(0, number[50:])[0]) == 50
+    refused("no test image has label 0 and attribute 1", drawn, 0, np.delete(number, [200, 201, 202]))
+    assert spurious.with_correlation(y, attribute) == ["00", "11"]
+    assert spurious.with_correlation(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0])) == ["00", "10"]
+    refused("both attributes equally often", spurious.with_correlation, np.array([0, 0, 1]), np.array([0, 1, 1]))
 
 
-def test_bad_inputs(tmp_path, tiny):
-    def refused(match, **options):
-        with pytest.raises((ValueError, OSError), match=match) as error:
-            spurious.main(**{**TINY, "dataset": tiny, "out": str(tmp_path / "bad"), **options})
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("dataset, lr, major", [("celeba", .01, ["00", "10"]), ("waterbirds", .001, ["00", "11"])])
+def test_torchvision_networks(dataset, lr, major, tmp_path, monkeypatch):
+    """Whole runs at 32 pixels. CelebA: its training cells come from the pool, and men are against the correlation.
+    Waterbirds: from a file of weights."""
+    images = {**small_arrays((5, 2, 2, 5), (1, 1, 1, 1), 32), "mean": [.5] * 3, "std": [.2] * 3}
+    if dataset == "celeba":
+        for name in ("x", "y", "attribute"):
+            images[f"{name}_pool"] = images[f"{name}_train"]
+            images[f"{name}_train"] = images[f"{name}_train"][:9]  # nothing in the last cell
+    monkeypatch.setattr(spurious, dataset, lambda data_dir: images)
+    options = dict(dataset=dataset, data_dir=tmp_path, out=tmp_path / "run", alpha=1, epochs=1, batch_size=7,
+                   probe_examples=2, device="cpu")
+    if dataset == "waterbirds":
+        monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+        refused("resnet18-.*Name or service not known.*by hand.*--from-scratch", spurious.main, **options)
+        source, weights = models.resnet18(), models.ResNet18_Weights.IMAGENET1K_V1
+        torch.save(source.state_dict(), tmp_path / os.path.basename(weights.url))
+    spurious.main(**options)
+    folder = tmp_path / "run" / "alpha=1_seed=0"
+    first, *_, last = records_of(folder)
+    assert json.loads((folder / "args.json").read_text())["lr"] == lr
+    assert first["mean_train_loss"] == pytest.approx(math.log(2)) and 0 < last["ntk_alignment"] < .9999
+    assert first["ntk_alignment"] == pytest.approx(1, abs=1e-5) and math.isfinite(last["test_loss"])
+    assert last["with_loss"] == pytest.approx(np.mean([last[f"cell_{cell}_loss"] for cell in major]))
+    if dataset == "waterbirds":
+        trained = torch.load(folder / "checkpoint.pt")["tensors"][0]
+        assert torch.cosine_similarity(trained.flatten(), source.conv1.weight.flatten(), 0) > .99
 
-    def changed(**arrays):
-        whole = {k: v for k, v in {**tiny_arrays(), **arrays}.items() if v is not None}
-        np.savez(tmp_path / "changed.npz", **whole)
-        return str(tmp_path / "changed.npz")
 
-    refused("alpha", alpha=[0])
-    refused("celeba, waterbirds, dominoes", dataset="cifar10")
-    refused("no such file", dataset=str(tmp_path / "none.npz"))
-    refused("attribute_train and attribute_test", dataset=changed(attribute_train=None))
-    refused("attribute_train and attribute_test", dataset=changed(attribute_test=None))
-    refused("attribute_train must be 0 or 1", dataset=changed(attribute_train=np.full(67, 2)))
-    refused("needs labels 0 and 1", dataset=changed(y_train=np.arange(67) % 3))
-    refused("no training image has label 1 and attribute 0", dataset=changed(**tiny_arrays(train=((30, 4), (0, 30)))))
-    refused("no test image has label 0 and attribute 0", dataset=changed(**tiny_arrays(test=((0, 4), (3, 3)))))
-    refused("--batch-size 68 is larger", batch_size=68)
-    refused("--epochs", epochs=0)
+@pytest.mark.parametrize("script, lazy, groups", [
+    (noisy, "inf", {"clean": 57, "noisy": 10}), (cscore, 100, {f"decile_{d}": 1 for d in range(1, 11)}),
+    (spurious, "inf", {"cell_00": 30, "cell_01": 4, "cell_10": 3, "cell_11": 30})])
+def test_what_a_script_writes(script, lazy, groups, tmp_path):
+    """The files of DESIGN.md; means are weighted by the groups' sizes, and differences are those of the rows."""
+    name, out = script.__name__, tmp_path / "run"
+    np.savez(tmp_path / "mine.npz", **small_arrays())
+    script.main(dataset=tmp_path / "mine.npz", out=out, **{**TINY, "alpha": [1, lazy], "epochs": 4})
+    folders = ["alpha=1_seed=0", f"alpha={lazy}_seed=0"]
+    assert sorted(os.listdir(out)) == [*sorted(folders), f"{name}.pdf", f"{name}.png", "summary.json"]
+    for folder in folders:
+        assert sorted(os.listdir(out / folder)) == ["args.json", "checkpoint.pt", "log.jsonl"]
+        args, records = json.loads((out / folder / "args.json").read_text()), records_of(out / folder)
+        assert args["script"] == name and {"dataset", "loss", "network", "data_crc32", "width"} <= set(args)
+        for k, record in enumerate(records):
+            assert {"iteration", "epoch", "seconds", "mean_train_acc", "test_loss", "test_acc"} <= set(record)
+            weighted = sum(size * record[f"{group}_loss"] for group, size in groups.items()) / sum(groups.values())
+            assert record["mean_train_loss"] == pytest.approx(weighted)
+            assert ("linearisation_error" in record) == (k % 5 == 0 or k == len(records) - 1)
+        assert records[0]["mean_train_loss"] == pytest.approx(math.log(2)) and records[-1]["ended"] == "epochs"
+        if script is spurious:
+            assert record["test_against_acc"] == (record["test_cell_01_acc"] + record["test_cell_10_acc"]) / 2
+            assert record["with_loss"] == pytest.approx((record["cell_00_loss"] + record["cell_11_loss"]) / 2)
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"options", "readings", "differences", "diverged", "conclusion"}
+    value = {(row["alpha"], row["on"], row["level"]): row for row in summary["readings"]}
+    assert {alpha for alpha, on, level in value} == {1, lazy} and summary["differences"]
+    for row in summary["differences"]:
+        assert set(row) == {"alpha", "minus", "on", "level", "quantity", "mean", "low", "high", "n"}
+        read = [value[alpha, row["on"], row["level"]][row["quantity"]] for alpha in (1, lazy)]
+        assert row["mean"] == pytest.approx(read[0] - read[1], abs=1e-5)
+    picture = np.asarray(Image.open(out / f"{name}.png").convert("RGBA"))
+    assert (picture[..., 3] == 255).all() and (picture[[0, -1]] == 255).all() and picture[..., 0].mean() < 254
 
 
-def test_an_empty_cell_of_any_seed_is_refused_before_the_first_run(tmp_path):
-    with pytest.raises(ValueError, match="empty cell"):  # seed 0 has all four
-        spurious.main(**{**TINY, "dataset": "synthetic", "subset": 60, "seeds": [0, 1], "out": str(tmp_path / "run")})
-    assert not list(tmp_path.rglob("log.jsonl"))
+REFUSED = [
+    (noisy, "--alpha: must be a number above 0, not (0$|1,2 .separate several)", [{"alpha": 0}, {"alpha": "1,2"}]),
+    (noisy, "--alpha", [{"alpha": [1, -3]}, {"alpha": []}, {"alpha": 1.2345678}]),
+    (noisy, "must be a whole number at least 0", [{"seeds": 1.5}, {"seeds": [0, -1]}, {"jobs": -1}]),
+    (noisy, "must be ", [{"lr": 0}, {"lr": "inf"}, {"epochs": 0}, {"momentum": 1}, {"noise": 1}, {"device": "tpu"}]),
+    (noisy, "larger than the training set of 67|label noise", [{"batch_size": 68}, {"subset": 68}, {"noise": .001}]),
+    (noisy, "unrecognized|invalid choice|no records of runs", [{"epoch": 1}, {"dtype": "float16"}, {"draw_only": True}]),
+    (cscore, "have no deciles", [{"score_train": [.5] * 67}, {"score_test": [1] * 20}, {"subset": 9, "batch_size": 9}]),
+    (spurious, "must be celeba|needs labels 0 and 1", [{"dataset": "cifar10"}, {"y_train": np.arange(67) % 3}]),
+    (spurious, "--digits|--agree", [{"digits": 1}, {"digits": [7, 7], "dataset": "dominoes"}, {"agree": 1}]),
+    (spurious, "an empty cell", [{"attribute_train": [0] * 67}, {"attribute_test": [1] * 20},
+                                 {"subset": 30, "seeds": [0, 2, 1]}])]  # of one seed only
+
+
+@pytest.mark.parametrize("script, words, cases", REFUSED)
+def test_what_is_refused(script, words, cases, tmp_path):
+    """In one line, and before anything is recorded."""
+    for case in cases:
+        arrays, options = small_arrays(), {**TINY, "dataset": tmp_path / "mine.npz", "out": tmp_path / "run"}
+        for name, value in case.items():
+            place = arrays if name in arrays else options
+            place[name] = value
+        np.savez(tmp_path / "mine.npz", **arrays)
+        refused(words, script.main, **options)
+        assert not list(tmp_path.rglob("log.jsonl"))
