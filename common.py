@@ -1169,6 +1169,8 @@ def write_atomically(path, data):
     try:
         part.write_bytes(data)
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}): make room, or choose another --out") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -1736,8 +1738,8 @@ def side_by_side(o, work, tasks):
 
 def exactly(work, *task):
     """work(*task) in true float32: TF32, cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it
-    rounds off."""
-    with true_float32():
+    rounds off. With gradients, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad(), true_float32():
         return work(*task)
 
 

@@ -1,7 +1,8 @@
-"""Runs: records, probes on a schedule, resuming and refusals, through noisy.py on tiny data."""
+"""Runs: records, probes on a schedule, resuming, refusals and options, through noisy.py on tiny data."""
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
 import numpy as np
 import pytest
@@ -19,13 +19,15 @@ import common
 import noisy
 from conftest import ROOT, TINY, records_of, tiny_arrays
 
+LONG = dict(epochs=40, lr=.01)
+
 
 def records(out, run="alpha=1_seed=0"):
     return records_of(pathlib.Path(out) / run)
 
 
 def without_times(out, run="alpha=1_seed=0"):
-    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records(out, run)]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(out, run)]
 
 
 def tiny_run(tiny, out, **more):
@@ -36,14 +38,25 @@ def words(options):
     """The same options as a command line."""
     result = []
     for key, value in options.items():
-        result += ["--" + key.replace("_", "-")] + [f"{v}" for v in (value if isinstance(value, list) else [value]) if v is not True]
+        values = value if isinstance(value, list) else [value]
+        result += ["--" + key.replace("_", "-"), *(str(each) for each in values if each is not True)]
     return result
 
 
 def start(script, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / script), *words(options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=environment)
+    return subprocess.Popen([sys.executable, str(ROOT / script), *words(options)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def tiny_for_all(tmp_path):
+    """Data that serves every script."""
+    arrays = tiny_arrays(classes=2)
+    arrays.update({f"attribute_{s}": np.arange(len(arrays[f"y_{s}"])) % 5 // 2 % 2 for s in ("train", "test")})
+    np.savez(tmp_path / "tiny.npz", **arrays)
+    return str(tmp_path / "tiny.npz")
+
+
+# --- records ---
 
 
 def test_files_keys_and_summary(tiny, tmp_path):
@@ -51,27 +64,32 @@ def test_files_keys_and_summary(tiny, tmp_path):
     process = start("noisy.py", dataset=str(tiny), out=str(tmp_path / "run"), **{**TINY, "seeds": [0, 1]})
     out, err = process.communicate()
     assert process.returncode == 0, err
-    for name in ("noisy.png", "noisy.pdf", "noisy_curves.png", "summary.json"):
+    for name in ("noisy.png", "noisy.pdf", "summary.json"):
         assert (tmp_path / "run" / name).stat().st_size > 500
     for run in ("alpha=1_seed=0", "alpha=100_seed=1"):
         assert {p.name for p in (tmp_path / "run" / run).iterdir()} == {"args.json", "log.jsonl", "checkpoint.pt"}
         log = records(tmp_path / "run", run)
-        assert {"iteration", "epoch", "seconds", "mean_train_loss", "mean_train_acc", "test_loss",
-                "test_acc", "clean_loss", "clean_acc", "noisy_loss", "noisy_acc", "noisy_true_acc"} <= set(log[1])
-        for r in (log[0], log[-1]):
-            assert {"ntk_alignment", "sign_similarity", "repr_alignment", "repr_alignment_gram", "linearisation_error",
-                    "target_alignment", "update_noise"} <= set(r)
+        assert {"iteration", "epoch", "seconds", "mean_train_loss", "mean_train_acc", "test_loss", "test_acc", "clean_loss",
+                "clean_acc", "noisy_loss", "noisy_acc", "noisy_true_acc", "held_out_wrong_loss"} <= set(log[1])
+        for record in (log[0], log[-1]):
+            assert {"ntk_alignment", "sign_similarity", "repr_alignment", "repr_alignment_gram",
+                    "linearisation_error"} <= set(record)
         assert log[0]["iteration"] == 0 and log[-1]["iteration"] == 36 and log[-1]["ended"] == "epochs"
         assert log[0]["mean_train_loss"] == pytest.approx(math.log(3))
         assert log[0]["linearisation_error"] is None  # 0 / 0
-        for r in log:
-            assert r["mean_train_loss"] == pytest.approx(.85 * r["clean_loss"] + .15 * r["noisy_loss"])
+        for record in log:
+            assert record["mean_train_loss"] == pytest.approx(.85 * record["clean_loss"] + .15 * record["noisy_loss"])
+    args = json.loads((tmp_path / "run" / "alpha=1_seed=0" / "args.json").read_text())
+    assert (args["script"], args["loss"], args["network"], args["noise"]) == ("noisy", "cross_entropy", "ResNet18", .15)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert set(summary["alphas"]) == {"1", "100"} and "1 - 100" in summary["paired"] and "options" in summary
-    assert "wrote " in out and out.rstrip().splitlines()[-1] == summary["conclusion"]
+    assert set(summary) == {"options", "readings", "differences", "diverged", "conclusion"}
+    assert summary["conclusion"] in out and out.index(summary["conclusion"]) < out.index("Loss of the wrongly labelled")
 
 
-def test_probes_come_on_a_schedule_that_no_loss_can_influence(tiny, tmp_path):
+def test_probes_come_on_a_schedule_that_no_loss_can_influence(tiny, tmp_path, capsys, monkeypatch):
+    """And into a pipe goes one aligned line each, however slow the steps between two are."""
+    clock = itertools.count(step=60.)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     tiny_run(tiny, tmp_path, alpha=[1], epochs=40, seeds=[0, 1], stop_loss=0)
     log, other = records(tmp_path), records(tmp_path, "alpha=1_seed=1")
     expected = list(range(21)) + [22, 24, 26, 28, 30, 33, 36, 39, 42, 46, 50, 55, 60]  # a tenth further ...
@@ -79,19 +97,19 @@ def test_probes_come_on_a_schedule_that_no_loss_can_influence(tiny, tmp_path):
     assert [r["iteration"] for r in log] == [r["iteration"] for r in other] == expected
     assert [("ntk_alignment" in r) for r in log[:-1]] == [i % 5 == 0 for i in range(len(log) - 1)]
     assert [r["epoch"] for r in log] == [i / 6 for i in expected]
-    assert set(np.diff(sorted(common.schedule(320, 9000)))[-10:-1]) == {320}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha=1_seed=0 ")]
+    assert [int(line.split()[2]) for line in lines] == expected
+    assert len({line.index("test_acc") for line in lines}) == 1
 
 
 def test_same_seed_same_records_and_probes_change_nothing(tiny, tmp_path):
     tiny_run(tiny, tmp_path / "a", alpha=[1])
-    tiny_run(tiny, tmp_path / "b", alpha=[1])
+    tiny_run(tiny, tmp_path / "b", alpha=[1], seeds=[0, 1])
     assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
-    tiny_run(tiny, tmp_path / "c", alpha=[1], seeds=[1])
-    assert without_times(tmp_path / "a") != without_times(tmp_path / "c", "alpha=1_seed=1")
-    # other examples in the linearity measures: another measurement of the same trajectory
-    tiny_run(tiny, tmp_path / "d", alpha=[1], probe_examples=3)
-    load = lambda d: torch.load(tmp_path / d / "alpha=1_seed=0" / "checkpoint.pt", weights_only=True)["tensors"]
-    assert all(torch.equal(p, q) for p, q in zip(load("a"), load("d")))
+    assert without_times(tmp_path / "a") != without_times(tmp_path / "b", "alpha=1_seed=1")
+    tiny_run(tiny, tmp_path / "c", alpha=[1], probe_examples=3)  # another measurement of the same trajectory
+    a, c = (torch.load(tmp_path / name / "alpha=1_seed=0" / "checkpoint.pt", weights_only=True) for name in "ac")
+    assert all(torch.equal(p, q) for p, q in zip(a["tensors"], c["tensors"], strict=True))
 
 
 def test_training_equals_a_loop_written_out(tiny, tmp_path):
@@ -105,18 +123,47 @@ def test_training_equals_a_loop_written_out(tiny, tmp_path):
     y = torch.as_tensor(common.flip_labels(images["y_train"], .15, 3, 0))
     mean, std = (torch.tensor(images[name], dtype=torch.float32).double() for name in ("mean", "std"))
     x = ((torch.as_tensor(images["x_train"]).double() / 255 - mean) / std).permute(0, 3, 1, 2)
-    names = [n for n, _ in model.named_parameters()]
-    call = lambda: torch.func.functional_call(model, dict(zip(names, theta)), (x[batch],))
+    names = [name for name, _ in model.named_parameters()]
     for epoch in range(2):
         order = torch.randperm(60, generator=common.generator(f"order {epoch}", 0))
-        for k in range(6):
-            batch = order[10 * k:10 * k + 10]
-            loss = torch.nn.functional.cross_entropy(10 * (call() - model(x[batch]).detach()), y[batch])
+        for batch in order.split(10):
+            f = torch.func.functional_call(model, dict(zip(names, theta)), (x[batch],))
+            loss = torch.nn.functional.cross_entropy(10 * (f - model(x[batch]).detach()), y[batch])
             for p, v, g in zip(theta, velocity, torch.autograd.grad(loss, theta)):
                 v.mul_(.9).add_(g)
                 p.data.sub_(TINY["lr"] / 10**2 * v)
     saved = torch.load(tmp_path / "alpha=10_seed=0" / "checkpoint.pt", weights_only=True)["tensors"]
     assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip([*theta, *velocity], saved, strict=True))
+
+
+def test_infinite_alpha(tiny, tmp_path):
+    summary = tiny_run(tiny, tmp_path, alpha=[1, 100, "inf"], epochs=12)
+    assert {row["alpha"] for row in summary["readings"]} == {1, 100, "inf"}
+    assert {(row["alpha"], row["minus"]) for row in summary["differences"]} == {(1, "inf"), (100, "inf")}
+    last, lazy = (records(tmp_path, f"alpha={alpha}_seed=0")[-1] for alpha in ("inf", 100))
+    assert last["linearisation_error"] == 0 and last["ntk_alignment"] == pytest.approx(1)
+    assert last["clean_loss"] == pytest.approx(lazy["clean_loss"], rel=.05) and 0 < lazy["linearisation_error"] < .3
+
+
+def test_a_run_that_goes_off_is_called_diverged(tiny, tmp_path):
+    """Not a number, or at its end far above its start; the others go on."""
+    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path),
+                    **{**TINY, "lr": 1e6, "alpha": [1, 1e10], "dtype": "float64"})
+    out, err = process.communicate()
+    assert process.returncode == 1, err
+    line, = [line for line in out.splitlines() if "diverged" in line]
+    assert "alpha=1_seed=0" in line and "smaller --lr" in line
+    assert records(tmp_path)[-1]["mean_train_loss"] is None and records(tmp_path)[-1]["ended"] == "diverged"
+    assert records(tmp_path, "alpha=1e+10_seed=0")[-1]["mean_train_loss"] is not None
+    assert json.loads((tmp_path / "summary.json").read_text())["diverged"] == ["alpha=1_seed=0"]
+    summary = tiny_run(tiny, tmp_path / "finite", alpha=[1], epochs=3, lr=30)
+    assert summary["diverged"] == ["alpha=1_seed=0"]
+    assert records(tmp_path / "finite")[-1]["mean_train_loss"] is None or (
+        records(tmp_path / "finite")[-1]["mean_train_loss"] > 2 * math.log(3))
+    assert "smaller --lr" in tiny_run(tiny, tmp_path / "short", epochs=1, lr=1e-9)["conclusion"]  # and "train longer"
+
+
+# --- extending, resuming ---
 
 
 @pytest.mark.parametrize("alpha", [1, "inf"])
@@ -129,28 +176,16 @@ def test_more_epochs_equal_as_many_at_once(tiny, tmp_path, alpha):
     assert records(tmp_path / "a", run)[-1]["iteration"] == 30
 
 
-def test_into_a_pipe_goes_one_aligned_line_a_probe(tiny, tmp_path, capsys, monkeypatch):
-    """However slow the steps between two probes are."""
-    clock = itertools.count(step=60.)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=40)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha=1_seed=0 ")]
-    assert [int(line.split()[2]) for line in lines] == [r["iteration"] for r in records(tmp_path)]
-    assert len({line.index("test_acc") for line in lines}) == 1
-
-
-def test_finished_runs_are_only_drawn_again(tiny, tmp_path, capsys):
-    first = tiny_run(tiny, tmp_path)
-    before = (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes()
-    (tmp_path / "noisy.png").unlink()
-    capsys.readouterr()
-    assert tiny_run(tiny, tmp_path)["alphas"] == first["alphas"]
-    assert (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes() == before and (tmp_path / "noisy.png").exists()
-    assert "iteration" not in capsys.readouterr().out
-    (tmp_path / "noisy.png").unlink()
-    shutil.rmtree(tmp_path / "alpha=100_seed=0")
-    assert set(noisy.main(out=str(tmp_path), draw_only=True)["alphas"]) == {"1"}  # whatever is there, without any data
-    assert (tmp_path / "noisy.png").exists()
+def test_sequences_of_extensions_equal_the_whole_at_once(tiny, tmp_path):
+    """Epochs, stop-loss, seeds and alphas in several steps, some of them going back: the same records."""
+    for changed in (dict(epochs=2), dict(epochs=1), dict(epochs=9, stop_loss=.9, seeds=[1]), dict(epochs=4, alpha=[10]),
+                    dict(epochs=9, seeds=[0, 1], alpha=[1, 10])):
+        tiny_run(tiny, tmp_path / "a", **{"alpha": [1], **changed})
+    summary = tiny_run(tiny, tmp_path / "b", epochs=9, seeds=[0, 1], alpha=[1, 10])
+    for run in ("alpha=1_seed=0", "alpha=1_seed=1", "alpha=10_seed=0", "alpha=10_seed=1"):
+        assert without_times(tmp_path / "a", run) == without_times(tmp_path / "b", run)
+    again = tiny_run(tiny, tmp_path / "a", epochs=1, alpha=[10])  # concludes from all that is there
+    assert again["readings"] == summary["readings"] and again["differences"] == summary["differences"]
 
 
 def five(log):
@@ -166,201 +201,33 @@ def test_stop_loss_ends_the_run_and_a_lower_one_continues_it(tiny, tmp_path):
     tiny_run(tiny, tmp_path / "b", stop_loss=.6, **more)
     assert five(records(tmp_path / "a"))[-1] < .6
     assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
-    before = without_times(tmp_path / "a")
     tiny_run(tiny, tmp_path / "a", stop_loss=.9, **more)  # a higher one changes nothing
-    assert without_times(tmp_path / "a") == before
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
 
 
-def test_sequences_of_extensions_equal_the_whole_at_once(tiny, tmp_path):
-    """Epochs, stop-loss, seeds and alphas in several steps, some of them going back: the same records."""
-    for changed in (dict(epochs=2), dict(epochs=1), dict(epochs=9, stop_loss=.9, seeds=[1]), dict(epochs=4, alpha=[10]),
-                    dict(epochs=9, seeds=[0, 1], alpha=[1, 10])):
-        tiny_run(tiny, tmp_path / "a", **{"alpha": [1], **changed})
-    tiny_run(tiny, tmp_path / "b", epochs=9, seeds=[0, 1], alpha=[1, 10])
-    for run in ("alpha=1_seed=0", "alpha=1_seed=1", "alpha=10_seed=0", "alpha=10_seed=1"):
-        assert without_times(tmp_path / "a", run) == without_times(tmp_path / "b", run)
-
-
-def test_a_sweep_concludes_from_everything_in_its_folder(tiny, tmp_path):
-    tiny_run(tiny, tmp_path, alpha=[1, 100], epochs=2)
-    summary = tiny_run(tiny, tmp_path, alpha=[10], epochs=2)
-    assert list(summary["alphas"]) == ["1", "10", "100"] and set(summary["paired"]) == {"1 - 10", "1 - 100", "10 - 100"}
-
-
-@pytest.mark.parametrize("option, value", [("lr", .03), ("momentum", 0.0), ("batch_size", 12), ("noise", .2), ("width", 3),
-                                           ("dtype", "float64"), ("subset", 40), ("probe_examples", 5)])
-def test_another_run_in_the_same_folder_is_refused(tiny, tmp_path, option, value):
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+def test_finished_runs_are_only_drawn_again(tiny, tmp_path, capsys):
+    first = tiny_run(tiny, tmp_path)
     before = (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=f"with {option} = "):
-        tiny_run(tiny, tmp_path, alpha=[1], epochs=1, **{option: value})
-    assert (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes() == before
-
-
-def test_other_data_is_refused_but_another_path_is_not(tiny, tmp_path):
-    tiny_run(tiny, tmp_path / "run", alpha=[1], epochs=1)
-    shutil.copy(tiny, tmp_path / "copy.npz")
-    tiny_run(tmp_path / "copy.npz", tmp_path / "run", alpha=[1], epochs=1)
-    arrays = dict(np.load(tiny))
-    arrays["x_train"][0, 0, 0, 0] ^= 1
-    np.savez(tiny, **arrays)
-    with pytest.raises(ValueError, match="data_crc32"):
-        tiny_run(tiny, tmp_path / "run", alpha=[1], epochs=1)
-
-
-def test_divergence_is_one_clear_line_and_the_others_go_on(tiny, tmp_path):
-    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path), **{**TINY, "lr": 1e6, "alpha": [1, 1e10], "dtype": "float64"})
-    out, err = process.communicate()
-    assert process.returncode == 1, err
-    line, = [l for l in out.splitlines() if "diverged at" in l]
-    assert "alpha=1_seed=0" in line and "smaller --lr" in line
-    assert records(tmp_path)[-1]["mean_train_loss"] is None and records(tmp_path)[-1]["ended"] == "diverged"
-    assert "alpha = 1: smallest test loss -" in out  # a run that diverged has none
-    assert records(tmp_path, "alpha=1e+10_seed=0")[-1]["mean_train_loss"] is not None
-    assert json.loads((tmp_path / "summary.json").read_text())["diverged"] == ["alpha=1_seed=0"]
-
-
-def test_rounding_warning(tiny, tmp_path, capsys):
-    """Silent at alpha = 100, a warning at 1e4 in float32; none in float64."""
-    def warned(alpha, dtype):
-        tiny_run(tiny, tmp_path / f"{alpha}{dtype}", alpha=[alpha], epochs=1, dtype=dtype, width=8)
-        return capsys.readouterr().out.count("update_noise")
-    assert [warned(100, "float32"), warned(10000, "float32"), warned(10000, "float64")] == [0, 1, 0]
-
-
-def test_update_noise_against_a_step_that_is_really_taken():
-    torch.manual_seed(0)
-    f = common.center(common.mlp([20, 50, 3]), 1e5)
-    optimizer = common.scaled_sgd(f, .1, .9)
-    x, y = torch.randn(16, 20), torch.randint(3, (16,))
-
-    def step():
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(f(x), y).backward()
-        optimizer.step()
-
-    for p in f.model.parameters():
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    for _ in range(3):
-        before = [p.detach().clone() for p in f.model.parameters()]
-        noise = common.update_noise(optimizer, step)
-        assert all(torch.equal(p, b) for p, b in zip(f.model.parameters(), before))  # a measurement changes nothing
-        step()
-        intended = [-.1 / 1e10 * optimizer.state[p]["momentum_buffer"].double() for p in f.model.parameters()]
-        applied = [p.detach().double() - b.double() for p, b in zip(f.model.parameters(), before)]
-        lost = math.sqrt(sum((a - i).square().sum().item() for a, i in zip(applied, intended)))
-        assert noise == pytest.approx(lost / math.sqrt(sum(i.square().sum().item() for i in intended)), rel=1e-2)
-    assert noise > .05
-
-
-def test_infinite_alpha(tiny, tmp_path):
-    summary = tiny_run(tiny, tmp_path, alpha=[1, 100, "inf"])
-    assert set(summary["alphas"]) == {"1", "100", "inf"} and "100 - inf" in summary["paired"]
-    last = records(tmp_path, "alpha=inf_seed=0")[-1]
-    assert last["linearisation_error"] == 0 and last["ntk_alignment"] == pytest.approx(1) and last["clean_loss"] < 1.05
-    lazy = records(tmp_path, "alpha=100_seed=0")[-1]
-    assert last["clean_loss"] == pytest.approx(lazy["clean_loss"], rel=.05) and 0 < lazy["linearisation_error"] < .3
-
-
-@pytest.mark.parametrize("option, value", [
-    ("alpha", [0]), ("alpha", [-1]), ("alpha", ["nan"]), ("alpha", ["abc"]), ("alpha", [1.23456789]), ("noise", 1.5), ("noise", 0),
-    ("batch_size", 61), ("batch_size", 0), ("batch_size", 1.5), ("epochs", 0), ("lr", 0), ("lr", "nan"), ("lr", -1),
-    ("momentum", 1), ("seeds", [-1]), ("width", 0), ("device", "abacus"), ("dtype", "float16"), ("probe_examples", 0),
-    ("subset", 5), ("stop_loss", "inf"), ("levels", [0]), ("checkpoint_seconds", -1), ("no_such_option", 1)])
-def test_bad_options_raise_value_error_with_one_line(tiny, tmp_path, option, value):
-    with pytest.raises(ValueError) as e:
-        tiny_run(tiny, tmp_path / "run", **{option: value})
-    assert "\n" not in str(e.value) and len(str(e.value)) < 250
-    assert not (tmp_path / "run" / "alpha=1_seed=0" / "log.jsonl").exists()
-
-
-def test_bad_input_on_the_command_line_is_one_line_and_exit_code_2(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    for options, expected in ((dict(alpha=[0]), "alpha"), (dict(dataset=str(tmp_path / "none.npz")), "no such file"),
-                              (dict(quick=True, out=str(tmp_path / "file")), "file"),
-                              (dict(draw_only=True, out=str(tmp_path / "empty")), "no records")):
-        process = start("noisy.py", **options)
-        out, err = process.communicate()
-        assert process.returncode == 2 and expected in err and len(err.splitlines()) == 1 and "Traceback" not in err, err
-    assert not (tmp_path / "empty").exists()
-
-
-def parsed(words, **given):
-    """What the command line's words, or keywords, mean as options."""
-    if words is not None:
-        given = common.parse_words("noisy", noisy.OPTIONS, noisy.QUICK, noisy.__doc__, words)
-    return common.options("noisy", noisy.OPTIONS, noisy.QUICK, given, noisy.__file__)
-
-
-def test_keywords_and_command_line_mean_the_same():
-    a = parsed(["--alpha", "1", "inf", "--lr", "0.25", "--quick"])
-    b = parsed(None, alpha=[1, math.inf], lr=.25, quick=True)
-    assert vars(a) == vars(b)
-    assert a.dataset == "synthetic" and a.lr == .25  # explicit options win over --quick
-    assert a.out == "runs/noisy_quick" and parsed([]).out == "runs/noisy"  # the real command can follow a quick one
-
-
-@pytest.mark.parametrize("words, says", [
-    (["--seed", "1"], "did you mean --seeds?"), (["--dataset", "cifar"], "did you mean cifar10?"),
-    (["--device", "gpu"], "here there are auto, cpu"), (["--alpha", "1,100"], "separate several by spaces"),
-    (["--dataset", "mnist"], "cifar10, synthetic or a file FILE.npz"), (["--lr"], "expected one argument"),
-    (["100"], "100"), (["--momentum", "False"], "must be a number")])
-def test_near_misses(words, says):
-    with pytest.raises(ValueError) as e:
-        common.load_images(parsed(words).dataset)
-    assert says in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("given", [dict(momentum=False), dict(epochs=True), dict(epochs=2.5), dict(quick=1), dict(lr=[1, 2])])
-def test_python_values_of_another_kind_are_refused(given):
-    with pytest.raises(ValueError):
-        parsed(None, **given)
-
-
-def test_python_values_of_a_like_kind():
-    o = parsed(None, epochs=np.int64(3), lr=np.float32(.5), alpha=np.array([1, 10]), seeds=range(3), momentum=0, subset=None)
-    assert (o.epochs, o.lr, o.alpha, o.seeds, o.momentum, o.subset) == (3, .5, [1, 10], [0, 1, 2], 0, None)
-
-
-def test_help_comes_in_groups_with_defaults(capsys):
-    with pytest.raises(SystemExit):
-        parsed(["--help"])
-    out = capsys.readouterr().out
-    assert out.index("training:") < out.index("The claim") and "(0.01; --quick: 0.0008)" in " ".join(out.split())
-
-
-def test_fuzzed_options():
-    """A few hundred seeded command lines: every outcome is a namespace or one clear line."""
-    rng, good = np.random.default_rng(0), 0
-    flags = ["--" + name.replace("_", "-") for name in common.merged(noisy.OPTIONS)]
-    values = ["0", "1", "-1", "1e400", "nan", "inf", "-inf", "", "abc", "1.5", "--", "é", "1_0", "0x10", "1e-300", "9" * 400, "[1]"]
-    for _ in range(400):
-        argv = []
-        for _ in range(rng.integers(1, 4)):
-            argv += [str(rng.choice(flags))] + [str(v) for v in rng.choice(values, rng.integers(0, 3))]
-        try:
-            parsed(argv)
-            good += 1
-        except ValueError as e:
-            assert str(e) and "\n" not in str(e)
-    assert 0 < good < 300
-
-
-# --- long runs survive ---
+    (tmp_path / "noisy.png").unlink()
+    capsys.readouterr()
+    assert tiny_run(tiny, tmp_path) == first
+    assert (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes() == before and (tmp_path / "noisy.png").exists()
+    assert "iteration" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "alpha=100_seed=0")
+    there = noisy.main(out=str(tmp_path), draw_only=True)["readings"]  # whatever is there, without any data
+    assert {row["alpha"] for row in there} == {1}
 
 
 def interrupted(tiny, out, when, number, **more):
     """Start noisy.py, send it a signal once its log has `when` lines, and wait for it."""
-    process = start("noisy.py", dataset=str(tiny), out=str(out), **{**TINY, "alpha": [1], "checkpoint_seconds": 0, **more})
+    process = start("noisy.py", dataset=str(tiny), out=str(out),
+                    **{**TINY, "alpha": [1], "checkpoint_seconds": 0, **more})
     log = pathlib.Path(out) / "alpha=1_seed=0" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= when):
         time.sleep(.002)
     process.send_signal(number)
     _, err = process.communicate()
     return process.returncode, err
-
-
-LONG = dict(epochs=40, lr=.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -371,169 +238,9 @@ def test_continues_after_a_signal(tiny, tmp_path, number):
     else:  # there are no signal handlers: whatever ends the process, the checkpoint is there
         assert code == -number
     assert len(records(tmp_path / "a")) < 12
-    # what a half-written last line would leave behind
-    with open(tmp_path / "a" / "alpha=1_seed=0" / "log.jsonl", "ab") as log:
-        log.write(b'{"iteration": 12, "ep')
     tiny_run(tiny, tmp_path / "a", alpha=[1], **LONG)
     tiny_run(tiny, tmp_path / "b", alpha=[1], **LONG)
     assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
-
-
-def test_damaged_checkpoint_is_refused_and_nothing_lost(tiny, tmp_path):
-    interrupted(tiny, tmp_path, 4, signal.SIGKILL, **LONG)
-    path = tmp_path / "alpha=1_seed=0" / "checkpoint.pt"
-    before = records(tmp_path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="a damaged one.*delete that folder"):
-        tiny_run(tiny, tmp_path, alpha=[.5, 1], **LONG)
-    assert records(tmp_path) == before and not (tmp_path / "alpha=0.5_seed=0").exists()  # before anything is trained
-
-
-def test_killed_in_its_first_second_starts_again(tiny, tmp_path):
-    tiny_run(tiny, tmp_path / "a", alpha=[1], epochs=1)
-    for name in ("checkpoint.pt", "log.jsonl"):
-        (tmp_path / "a" / "alpha=1_seed=0" / name).unlink()
-    tiny_run(tiny, tmp_path / "a", alpha=[1], epochs=1)
-    tiny_run(tiny, tmp_path / "b", alpha=[1], epochs=1)
-    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
-
-
-def test_full_disk_is_one_line_and_earlier_records_stay(tiny, tmp_path):
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
-    before = records(tmp_path)
-    script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.path.insert(0, sys.argv[1]); "
-              "sys.argv = sys.argv[1:]; import common, noisy; "
-              "common.command_line('noisy', noisy.main, noisy.OPTIONS, noisy.QUICK, '')")
-    argv = words(dict(dataset=str(tiny), out=str(tmp_path), **{**TINY, "alpha": [1], "epochs": 12, "checkpoint_seconds": 0, "jobs": 1}))
-    process = subprocess.run([sys.executable, "-c", script, str(ROOT), *argv], capture_output=True, text=True)
-    assert process.returncode == 2 and "could not be written" in process.stderr and len(process.stderr.splitlines()) == 1
-    assert records(tmp_path)[:len(before) - 1] == before[:-1]
-    assert not list(tmp_path.rglob("*.part"))
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=12)
-    tiny_run(tiny, tmp_path / "b", alpha=[1], epochs=12)
-    assert without_times(tmp_path) == without_times(tmp_path / "b")
-
-
-def test_torchrun_shares_the_runs(tiny, tmp_path):
-    options = dict(dataset=str(tiny), **{**TINY, "seeds": [0, 1], "epochs": 2})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "noisy.py"),
-                    *words({**options, "out": str(tmp_path / "two")})], check=True, capture_output=True, env=environment)
-    one = noisy.main(out=str(tmp_path / "one"), **options)
-    two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert one["alphas"] == two["alphas"] and one["paired"] == two["paired"]
-    assert without_times(tmp_path / "one", "alpha=100_seed=1") == without_times(tmp_path / "two", "alpha=100_seed=1")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(20))
-@pytest.mark.parametrize("script", ["noisy", "cscore", "spurious"])
-def test_killed_at_a_random_moment(tmp_path, script, moment):
-    """SIGKILL at a seeded random moment, with a checkpoint after every step, so that many hit one being written; then
-    the same command once more: every probe is there, bit-equal to a run that was never interrupted."""
-    arrays = tiny_arrays(classes=2)
-    arrays.update({f"attribute_{s}": np.arange(len(arrays[f"y_{s}"])) % 5 // 2 % 2 for s in ("train", "test")})
-    np.savez(tmp_path / "tiny.npz", **arrays)
-    options = dict(dataset=str(tmp_path / "tiny.npz"), **{**TINY, **LONG})
-    process = start(f"{script}.py", **options, out=str(tmp_path / "a"), checkpoint_seconds=0)
-    while not list((tmp_path / "a").glob("*/log.jsonl")) and process.poll() is None:
-        time.sleep(.01)
-    time.sleep(np.random.default_rng(moment).uniform(0, 3))
-    process.kill()
-    process.communicate()
-    module = __import__(script)
-    a = module.main(**options, out=str(tmp_path / "a"))
-    b = module.main(**options, out=str(tmp_path / "b"))
-    assert a == b
-    for run in ("alpha=1_seed=0", "alpha=100_seed=0"):
-        assert without_times(tmp_path / "a", run) == without_times(tmp_path / "b", run)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder_is_one_line(tiny, tmp_path):
-    (tmp_path / "run").mkdir(mode=0o500)
-    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path / "run"), **TINY)
-    out, err = process.communicate()
-    assert process.returncode == 2 and len(err.splitlines()) == 1 and "Permission" in err
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the CUDA graph path")
-def test_cuda_graph_equals_the_plain_step(tiny, tmp_path, monkeypatch):
-    tiny_run(tiny, tmp_path / "graph", device="cuda", dtype="float64")
-    def plain(step, training):
-        training.step = step
-        return step
-    monkeypatch.setattr(common, "graphed", plain)
-    tiny_run(tiny, tmp_path / "plain", device="cuda", dtype="float64")
-    for run in ("alpha=1_seed=0", "alpha=100_seed=0"):
-        a, b = records(tmp_path / "graph", run), records(tmp_path / "plain", run)
-        assert len(a) == len(b)
-        assert all(r["mean_train_loss"] == pytest.approx(q["mean_train_loss"], rel=1e-7) for r, q in zip(a, b))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_equals_cpu_up_to_rounding(tiny, tmp_path):
-    tiny_run(tiny, tmp_path / "gpu", device="cuda", dtype="float64", epochs=2)
-    tiny_run(tiny, tmp_path / "cpu", dtype="float64", epochs=2)
-    a, b = records(tmp_path / "gpu")[-1], records(tmp_path / "cpu")[-1]
-    assert a["mean_train_loss"] == pytest.approx(b["mean_train_loss"], rel=1e-6)
-
-
-def test_a_run_of_another_script_is_refused(tiny, tmp_path):
-    import cscore
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
-    with pytest.raises(ValueError, match="script = noisy, not cscore"):
-        cscore.main(dataset=str(tiny), out=str(tmp_path), **{**TINY, "alpha": [1], "epochs": 1})
-    with pytest.raises(ValueError, match="script = noisy, not cscore"):
-        cscore.main(out=str(tmp_path), draw_only=True)
-
-
-def test_unfinished_records_without_their_checkpoint_are_refused(tiny, tmp_path):
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
-    folder = tmp_path / "alpha=1_seed=0"
-    before = (folder / "log.jsonl").read_bytes()
-    (folder / "checkpoint.pt").unlink()
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)  # nothing is left to train: only drawn
-    with pytest.raises(ValueError, match="not its checkpoint"):
-        tiny_run(tiny, tmp_path, alpha=[.5, 1], epochs=3)
-    assert not (tmp_path / "alpha=0.5_seed=0").exists()  # refused before anything is trained
-    assert (folder / "log.jsonl").read_bytes() == before
-    given = {**TINY, "alpha": [1], "epochs": 3, "dataset": str(tiny), "out": str(tmp_path)}
-    o = common.options("noisy", noisy.OPTIONS, noisy.QUICK, given, noisy.__file__)
-    with pytest.raises(ValueError, match="not its checkpoint"):
-        noisy.run(1.0, 0, noisy.load(o), o)  # without the sweep around it
-    assert (folder / "log.jsonl").read_bytes() == before
-
-
-def test_what_would_be_drawn_is_read_before_anything_is_trained(tiny, tmp_path):
-    tiny_run(tiny, tmp_path, alpha=[10], epochs=1)
-    log = tmp_path / "alpha=10_seed=0" / "log.jsonl"
-    log.write_text("no json\n" + log.read_text())
-    with pytest.raises(ValueError, match="alpha=10_seed=0.*damaged"):
-        tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
-    assert not (tmp_path / "alpha=1_seed=0").exists()
-
-
-def test_a_seed_begins_at_one_theta0_under_every_alpha(tiny, tmp_path, monkeypatch):
-    """Otherwise its differences would not be paired; at alpha = inf what trains, delta, begins at 0 for every seed."""
-    tiny_run(tiny, tmp_path, alpha=[1, "inf"], seeds=[0, 1], epochs=1)
-    start = lambda run: json.loads((tmp_path / run / "args.json").read_text())["run"]["theta0_crc32"]
-    assert start("alpha=1_seed=0") == start("alpha=inf_seed=0") != start("alpha=inf_seed=1") == start("alpha=1_seed=1")
-    network = common.resnet18
-
-    def another(*sizes, **more):
-        made = network(*sizes, **more)
-        made.fc.weight.data *= 2
-        return made
-
-    monkeypatch.setattr(common, "resnet18", another)
-    with pytest.raises(ValueError, match="theta0_crc32"):
-        tiny_run(tiny, tmp_path, alpha=[100], epochs=1)
-    assert not (tmp_path / "alpha=100_seed=0").exists()
-    path = tmp_path / "alpha=inf_seed=1" / "args.json"
-    path.write_text(path.read_text().replace(str(start("alpha=inf_seed=1")), "7"))
-    with pytest.raises(ValueError, match="alpha=inf_seed=1.*theta0_crc32 = 7"):
-        common.read_runs(tmp_path)
 
 
 def test_fewer_epochs_than_an_interrupted_run_has_done_end_it(tiny, tmp_path):
@@ -542,90 +249,248 @@ def test_fewer_epochs_than_an_interrupted_run_has_done_end_it(tiny, tmp_path):
     assert records(tmp_path)[-1]["ended"] == "epochs" and records(tmp_path)[-1]["iteration"] >= 12
 
 
-def test_a_lost_log_is_written_again_from_the_checkpoint(tiny, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(20))
+@pytest.mark.parametrize("script", ["noisy", "cscore", "spurious"])
+def test_killed_at_a_random_moment(tmp_path, script, moment):
+    """SIGKILL at a seeded random moment, with a checkpoint after every step, so that many hit one being written; then
+    the same command once more: every probe is there, bit-equal to a run that was never interrupted."""
+    options = dict(dataset=tiny_for_all(tmp_path), **{**TINY, **LONG})
+    process = start(f"{script}.py", **options, out=str(tmp_path / "a"), checkpoint_seconds=0)
+    while not list((tmp_path / "a").glob("*/log.jsonl")) and process.poll() is None:
+        time.sleep(.01)
+    time.sleep(np.random.default_rng(moment).uniform(0, 3))
+    process.kill()
+    process.communicate()
+    module = __import__(script)
+    assert module.main(**options, out=str(tmp_path / "a")) == module.main(**options, out=str(tmp_path / "b"))
+    for run in ("alpha=1_seed=0", "alpha=100_seed=0"):
+        assert without_times(tmp_path / "a", run) == without_times(tmp_path / "b", run)
+
+
+def test_full_disk_is_one_line_and_earlier_records_stay(tiny, tmp_path):
     tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
-    log = tmp_path / "alpha=1_seed=0" / "log.jsonl"
-    before = log.read_bytes()
-    log.unlink()
+    before = records(tmp_path)
+    script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+              "sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[1:]; import common, noisy; "
+              "common.command_line(noisy.main)")
+    more = {**TINY, "alpha": [1], "epochs": 12, "checkpoint_seconds": 0, "jobs": 1}
+    argv = words(dict(dataset=str(tiny), out=str(tmp_path), **more))
+    process = subprocess.run([sys.executable, "-c", script, str(ROOT), *argv], capture_output=True, text=True)
+    assert process.returncode == 2 and "could not be written" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+    assert records(tmp_path)[:len(before) - 1] == before[:-1] and not list(tmp_path.rglob("*.part"))
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=12)
+    tiny_run(tiny, tmp_path / "b", alpha=[1], epochs=12)
+    assert without_times(tmp_path) == without_times(tmp_path / "b")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("option, value", [
+    ("lr", .03), ("momentum", 0.0), ("batch_size", 12), ("noise", .2), ("width", 3), ("dtype", "float64"), ("subset", 40),
+    ("probe_examples", 5), ("data_crc32", None), ("loss", None), ("network", None), ("script", None)])
+def test_another_run_in_the_same_folder_is_refused(tiny, tmp_path, monkeypatch, option, value):
+    """Before anything trains, naming the folder and the first difference; another path of the same data is not one."""
+    import cscore
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
+    before = (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes()
+    more, main = {"alpha": [.5, 1], "epochs": 3}, noisy.main
+    if option == "data_crc32":
+        np.savez(tmp_path / "other.npz", **tiny_arrays(), mean=[.1] * 3, std=[.4] * 3)
+        more["dataset"] = str(tmp_path / "other.npz")
+    elif option == "loss":
+        monkeypatch.setattr(noisy, "loss_of", torch.nn.MultiMarginLoss())
+    elif option == "network":
+        monkeypatch.setattr(common, "resnet18", lambda classes, **sizes: torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(192, classes)))
+    elif option == "script":
+        main = cscore.main
+    else:
+        more[option] = value
+    with pytest.raises(ValueError, match=f"alpha=1_seed=0 holds a run with {option} = "):
+        main(**{"dataset": str(tiny), "out": str(tmp_path), **TINY, **more})
+    assert (tmp_path / "alpha=1_seed=0" / "log.jsonl").read_bytes() == before
+    assert not (tmp_path / "alpha=0.5_seed=0").exists()
+    shutil.copy(tiny, tmp_path / "copy.npz")
+    if option not in ("loss", "network"):
+        tiny_run(tmp_path / "copy.npz", tmp_path, alpha=[1], epochs=1)
+
+
+def test_what_cannot_be_read_is_one_line_that_names_it(tiny, tmp_path):
     tiny_run(tiny, tmp_path, alpha=[1], epochs=2)
-    assert log.read_bytes() == before
+    folder = tmp_path / "alpha=1_seed=0"
+    for name, text in (("args.json", ""), ("args.json", "[1]"), ("log.jsonl", "no json\n"), ("log.jsonl", "{}\n"),
+                       ("log.jsonl", (folder / "log.jsonl").read_text() * 2)):  # two writers: does not ascend
+        whole = (folder / name).read_text()
+        (folder / name).write_text(text)
+        for call in (lambda: tiny_run(tiny, tmp_path, alpha=[1], epochs=2), lambda: noisy.main(out=tmp_path, draw_only=True)):
+            with pytest.raises(ValueError, match="alpha=1_seed=0.*damaged.*delete"):
+                call()
+        (folder / name).write_text(whole)
+    checkpoint = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(checkpoint[:-100])
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read"):
+        tiny_run(tiny, tmp_path, alpha=[1], epochs=3)
+    before = (folder / "log.jsonl").read_bytes()
+    (folder / "checkpoint.pt").unlink()
+    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)  # nothing is left to train: only drawn
+    with pytest.raises(ValueError, match="not its checkpoint"):
+        tiny_run(tiny, tmp_path, alpha=[.5, 1], epochs=3)
+    assert not (tmp_path / "alpha=0.5_seed=0").exists() and (folder / "log.jsonl").read_bytes() == before
 
 
-def test_a_copied_folder_is_not_another_run(tiny, tmp_path):
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
-    shutil.copytree(tmp_path / "alpha=1_seed=0", tmp_path / "alpha=100_seed=7")
-    with pytest.raises(ValueError, match="damaged"):
-        tiny_run(tiny, tmp_path, alpha=[100], seeds=[7], epochs=1)
+def test_two_writers_leave_whole_records(tiny, tmp_path):
+    """The same command in two terminals: what is there afterwards is one run's, bit for bit."""
+    options = dict(dataset=str(tiny), out=str(tmp_path / "a"), **{**TINY, "alpha": [1], "checkpoint_seconds": 0})
+    both = [start("noisy.py", **options) for _ in range(2)]
+    assert [process.communicate() and process.returncode for process in both] == [0, 0]
+    tiny_run(tiny, tmp_path / "b", alpha=[1])
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
 
 
-def test_other_constants_are_another_run(tiny, tmp_path):
-    tiny_run(tiny, tmp_path / "run", alpha=[1], epochs=1)
-    np.savez(tiny, **tiny_arrays(), mean=[.1] * 3, std=[.9] * 3)
-    with pytest.raises(ValueError, match="data_crc32"):
-        tiny_run(tiny, tmp_path / "run", alpha=[1], epochs=2)
+@pytest.mark.parametrize("folder, script", [("noisy_5k", "noisy"), ("cscore", "cscore"), ("dominoes", "spurious")])
+def test_records_of_earlier_versions_stay_readable(folder, script, tmp_path):
+    shutil.copytree(ROOT / "figures" / folder, tmp_path / folder)
+    for path in (tmp_path / folder).glob("alpha=*/args.json"):  # as they were written before: nested, with more keys
+        args = json.loads(path.read_text())
+        run = {key: args.pop(key) for key in ("script", "lr", "width", "data_crc32", "dtype")}
+        path.write_text(json.dumps({"folder": path.parent.name, "run": {**run, "theta0_crc32": hash(path)}, **args}))
+    again = __import__(script).main(out=str(tmp_path / folder), draw_only=True)
+    assert again["conclusion"] == json.loads((ROOT / "figures" / folder / "summary.json").read_text())["conclusion"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"run": 3}'])
-def test_missing_or_damaged_args_are_refused(tiny, tmp_path, text):
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
-    (tmp_path / "alpha=1_seed=0" / "args.json").write_text(text)
-    with pytest.raises(ValueError, match="missing or damaged"):
-        tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
-    with pytest.raises(ValueError, match="missing or damaged"):
-        noisy.main(out=str(tmp_path), draw_only=True)
+# --- options ---
 
 
-def test_edited_records_are_one_line(tiny, tmp_path):
-    tiny_run(tiny, tmp_path, alpha=[1], epochs=1)
-    log = tmp_path / "alpha=1_seed=0" / "log.jsonl"
-    whole, parsed = log.read_text(), '{"iteration": 1, "epoch": 1, "mean_train_loss": 1}\n'  # parsed, but lacks a group
-    first = ["{}", "[]", '{"ended": "epochs"}', '{"iteration": 1, "epoch": null, "mean_train_loss": 1}',
-             '{"iteration": [1]}', '{"mean_train_loss": "low"}', '{"iteration": 0}']
-    for text in [f"{record}\n{whole}" for record in first] + [whole + parsed]:
-        log.write_text(text)
-        with pytest.raises(ValueError) as e:
-            noisy.main(out=str(tmp_path), draw_only=True)
-        assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+def parsed(*given_words, **given):
+    parser = common.image_parser(noisy.__file__, noisy.__doc__)
+    return common.parse(parser, noisy.QUICK, given_words, given)
 
 
-def swapped(tmp_path, old, new):
+def test_keywords_and_command_line_mean_the_same():
+    a = parsed("--alpha", "1", "--alpha", "inf", "--lr", "0.25", "--quick", "--out", "~/here")
+    b = parsed(alpha=[1, math.inf], lr=np.float32(.25), quick=True, out=pathlib.Path.home() / "here")
+    assert vars(a) == vars(b)
+    assert a.dataset == "synthetic" and a.lr == .25  # explicit options win over --quick
+    assert parsed(quick=True).out == "runs/noisy_quick" and parsed().out == "runs/noisy"
+    o = parsed(epochs=np.int64(3), alpha=np.array([1, 10]), seeds=range(3), momentum=0, subset=None, quick=False)
+    assert (o.epochs, o.alpha, o.seeds, o.momentum, o.subset, o.quick) == (3, [1, 10], [0, 1, 2], 0, None, False)
+
+
+@pytest.mark.parametrize("option, value, says", [
+    ("alpha", [0], "above 0"), ("alpha", ["nan"], "above 0"), ("alpha", ["1,100"], "separate several by spaces"),
+    ("alpha", [1.23456789], "six digits"), ("noise", 1.5, "below 1"), ("batch_size", 61, "larger than"),
+    ("batch_size", 1.5, "whole number"), ("epochs", 0, "at least 1"), ("lr", "inf", "above 0"), ("lr", -1, "above 0"),
+    ("lr", [1, 2], "unrecognized"), ("momentum", 1, "below 1"), ("momentum", False, "unrecognized"), ("epochs", True, "one"),
+    ("seeds", [-1], "at least 0"), ("seeds", [], "at least one"), ("device", "abacus", "cpu"), ("dtype", "float16", "choose"),
+    ("subset", 5, "larger than"), ("stop_loss", "nan", "at least 0"), ("no_such_option", 1, "unrecognized"),
+    ("dataset", "mnist", "cifar10, synthetic or a file")])
+def test_bad_options_are_one_line(tiny, tmp_path, option, value, says):
+    with pytest.raises(ValueError, match=says) as error:
+        noisy.main(**{"dataset": str(tiny), "out": str(tmp_path / "run"), **TINY, option: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert not (tmp_path / "run" / "alpha=1_seed=0" / "log.jsonl").exists()
+
+
+def test_bad_input_on_the_command_line_is_exit_code_2(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for options, expected in ((dict(alpha=[0]), "alpha"), (dict(dataset=str(tmp_path / "none.npz")), "none.npz"),
+                              (dict(quick=True, out=str(tmp_path / "file")), "file"),
+                              (dict(draw_only=True, out=str(tmp_path / "empty")), "no records")):
+        process = start("noisy.py", **options)
+        out, err = process.communicate()
+        assert process.returncode == 2 and expected in err and len(err.splitlines()) == 1, err
+        assert err.startswith("noisy.py: error: ") and "Traceback" not in err
+    assert not (tmp_path / "empty").exists()
+
+
+def test_help_shows_defaults_and_what_quick_sets(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.01)" in out and "The claim" in out and "--quick: dataset synthetic" in out and "lr 0.0008" in out
+
+
+def test_a_copied_script_works_under_its_own_name_on_a_plain_terminal(tiny, tmp_path):
+    """cp noisy.py mine.py: the folder runs/mine; and a stdout that cannot print é ends no run."""
+    for name in ("noisy.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path / name.replace("noisy", "mine"))
+    shutil.copy(tiny, tmp_path / "é.npz")
+    options = words(dict(dataset="é.npz", **{**TINY, "alpha": [1, 1e4], "epochs": 1}))
+    process = subprocess.run([sys.executable, "mine.py", *options], cwd=tmp_path, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0 and process.stdout.count("warning: above alpha = 1000") == 1, process.stderr
+    assert (tmp_path / "runs" / "mine" / "summary.json").exists()
+    process = subprocess.run([sys.executable, "mine.py", "--lr", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.startswith("mine.py: error: ")
+
+
+# --- other networks and losses ---
+
+
+NETWORKS = {"transformer": """
+class Net(nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(inputs, 2, 16, dropout=0., batch_first=True)
+        self.head = nn.Linear(inputs, classes)
+    def forward(self, x):
+        return self.head(input=self.layer(x.flatten(2)[:, :, :8]).mean(1))
+""", "lstm": """
+class Net(nn.LSTM):
+    def __init__(self, inputs, classes):
+        super().__init__(inputs, 6, batch_first=True)
+        self.head = nn.Linear(6, classes)
+    def forward(self, x):
+        return self.head(super().forward(x.flatten(2)[:, :, :8])[0][:, -1])
+""", "cnn": """
+class Net(nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, classes)
+    def forward(self, x):
+        return self.head(F.gelu(F.relu(self.conv(x))).mean((2, 3)))
+"""}
+
+
+def swapped(tmp_path, name, old, new, more=""):
     """noisy.py with exactly one line replaced, as a module."""
     source = (ROOT / "noisy.py").read_text()
     assert source.count(old) == 1
-    (tmp_path / "swap").mkdir(exist_ok=True)
-    (tmp_path / "swap" / "noisy_swapped.py").write_text(source.replace(old, new))
-    sys.path.insert(0, str(tmp_path / "swap"))
+    (tmp_path / f"{name}.py").write_text(source.replace(old, new).replace("\n\ndef load", f"\n{more}\n\ndef load", 1))
+    sys.path.insert(0, str(tmp_path))
     try:
-        sys.modules.pop("noisy_swapped", None)
-        return __import__("noisy_swapped")
+        sys.modules.pop(name, None)
+        return __import__(name)
     finally:
         sys.path.pop(0)
 
 
-def test_swapping_the_network_is_one_line(tiny, tmp_path, capsys):
-    mlp = swapped(tmp_path, "        network = common.resnet18(classes, in_channels=x.shape[1], width=o.width)\n",
-                  "        network = nn.Sequential(nn.Flatten(), common.mlp([x[0].numel(), 50, classes]))\n")
-    options = dict(dataset=str(tiny), out=str(tmp_path / "run"), **{**TINY, "epochs": 20})
-    summary = mlp.main(**options)
-    assert len(summary["at_clean_loss"]["alphas"]["1"]["levels"]) > 3
-    tiny_run(tiny, tmp_path / "plain", alpha=[1], epochs=1)
-    with pytest.raises(ValueError, match="theta0_crc32"):  # the same seed with another network
-        mlp.main(**{**options, "out": str(tmp_path / "plain"), "alpha": [1]})
-    assert "another text of noisy.py" in capsys.readouterr().out
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_another_network_is_one_line(tiny, tmp_path, capsys, name):
+    module = swapped(tmp_path, name, "common.resnet18(classes, in_channels=x.shape[1], width=o.width)", "Net(8, classes)",
+                     NETWORKS[name])
+    module.main(dataset=str(tiny), out=str(tmp_path / "run"), **{**TINY, "alpha": [1, 100, "inf"], "epochs": 1})
+    for alpha in (1, 100, "inf"):
+        last = records(tmp_path / "run", f"alpha={alpha}_seed=0")[-1]
+        assert {"ntk_alignment", "repr_alignment", "linearisation_error"} <= set(last) and "sign_similarity" not in last
+        assert last["mean_train_loss"] < math.log(3) + .1
+    assert capsys.readouterr().out.count("calls no nn.ReLU") == 3  # once a run
 
 
-def test_swapping_the_loss_is_one_line(tiny, tmp_path, capsys):
+def test_another_loss_is_one_line(tiny, tmp_path):
     line, = [line for line in (ROOT / "noisy.py").read_text().splitlines() if line.startswith("loss_of = ")]
-    squared = swapped(tmp_path, line, "loss_of = lambda f, y: F.mse_loss(f, F.one_hot(y, f.shape[1]).to(f.dtype))")
-    options = dict(dataset=str(tiny), **{**TINY, "epochs": 30, "lr": .02})
-    summary = squared.main(out=str(tmp_path / "run"), **options)
+    squared = swapped(tmp_path, "squared", line, "def loss_of(f, y):\n    return F.mse_loss(f, F.one_hot(y, f.shape[1]).to(f.dtype))")
+    summary = squared.main(dataset=str(tiny), out=str(tmp_path / "run"), **{**TINY, "epochs": 30, "lr": .02})
     assert records(tmp_path / "run")[0]["mean_train_loss"] == pytest.approx(1 / 3)  # f = 0 against one-hot labels
-    levels = [float(level) for level in summary["alphas"]["1"]["levels"]]
-    assert len(levels) > 3 and max(levels) == .3 and records(tmp_path / "run")[-1]["mean_train_loss"] < .25
-    tiny_run(tiny, tmp_path / "plain", alpha=[1], epochs=1)
-    capsys.readouterr()
-    squared.main(out=str(tmp_path / "plain"), **{**options, "alpha": [10], "epochs": 1, "lr": TINY["lr"]})
-    assert "another text of noisy.py" in capsys.readouterr().out
+    levels = {row["level"] for row in summary["readings"]}
+    assert len(levels) > 3 and max(levels) == .316 and "loss_of" in summary["conclusion"]
+
+
+# --- machines ---
 
 
 @pytest.mark.parametrize("alpha", [1, 100, math.inf])
@@ -636,50 +501,45 @@ def test_the_step_never_leaves_the_device(tmp_path, script, alpha, monkeypatch):
 
     class OnMeta:
         def __init__(self, o, *rest):
-            self.o, self.step = o, None
+            self.o, self.folder = o, tmp_path
 
         def minibatches(self, probe):
             for _ in range(3):
                 steps.append(1)
                 yield torch.arange(10, device="meta")
 
-    arrays = tiny_arrays(classes=2)
-    arrays.update({f"attribute_{s}": np.arange(len(arrays[f"y_{s}"])) % 5 // 2 % 2 for s in ("train", "test")})
-    np.savez(tmp_path / "tiny.npz", **arrays)
+    parse, loaded = common.parse, []
+
+    def on_meta(o, load, run, conclude, draw):
+        images, o.device = load(o), torch.device("meta")
+        run(alpha, 0, images, o)
+
     monkeypatch.setattr(common, "Run", OnMeta)
     monkeypatch.setattr(common, "Linearity", lambda *rest: None)
-    module = __import__(script)
-    given = dict(dataset=str(tmp_path / "tiny.npz"), **TINY)
-    o = common.options(script, module.OPTIONS, module.QUICK, {**given, "lr": .01}, module.__file__)
-    images, o.device = module.load(o), torch.device("meta")
-    module.run(alpha, 0, images, o)
+    monkeypatch.setattr(common, "sweep", on_meta)
+    __import__(script).main(dataset=tiny_for_all(tmp_path), **TINY)
     assert len(steps) == 3
 
 
-def test_jobs_make_the_same_records_and_end_together(tiny, tmp_path, capfd):
+def test_jobs_make_the_same_records_and_end_together(tiny, tmp_path):
     options = {**TINY, "seeds": [0, 1], "epochs": 3}
     one = tiny_run(tiny, tmp_path / "one", **options)
     two = tiny_run(tiny, tmp_path / "two", jobs=2, **options)
-    assert one["alphas"] == two["alphas"]
+    assert one["readings"] == two["readings"]
     for run in ("alpha=1_seed=0", "alpha=100_seed=1"):
         assert without_times(tmp_path / "one", run) == without_times(tmp_path / "two", run)
-    bad = tmp_path / "two" / "alpha=100_seed=1" / "checkpoint.pt"
-    with zipfile.ZipFile(bad, "w") as archive:
-        archive.writestr("not torch's", "")
-    with pytest.raises(ValueError, match="cannot be read.*delete the folder"):  # an error in a child is the parent's one line
+    (tmp_path / "two" / "alpha=100_seed=1" / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be read"):  # an error in a child is the parent's one line
         tiny_run(tiny, tmp_path / "two", jobs=2, **{**options, "epochs": 4})
-    import multiprocessing
     assert not multiprocessing.active_children()
 
 
 def test_children_of_a_killed_parent_end(tiny, tmp_path):
-    options = {**TINY, "epochs": 4000, "jobs": 2, "checkpoint_seconds": 0}
-    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path), **options)
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    process = start("noisy.py", dataset=str(tiny), out=str(tmp_path), **{**TINY, "epochs": 4000, "jobs": 2})
     while len(list(tmp_path.glob("*/log.jsonl"))) < 2:
         assert process.poll() is None
         time.sleep(.05)
-    pids = children.read_text().split()
+    pids = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
@@ -688,36 +548,39 @@ def test_children_of_a_killed_parent_end(tiny, tmp_path):
     assert len(pids) >= 2 and not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_torchs_modes_and_defaults_do_not_matter(tiny, tmp_path):
-    tiny_run(tiny, tmp_path / "plain", alpha=[1, "inf"], epochs=1)
-    with torch.no_grad():
-        tiny_run(tiny, tmp_path / "no_grad", alpha=[1, "inf"], epochs=1)
-    with torch.inference_mode():
-        tiny_run(tiny, tmp_path / "inference", alpha=[1, "inf"], epochs=1)
-    torch.set_default_dtype(torch.float64)
-    try:
-        tiny_run(tiny, tmp_path / "default", alpha=[1, "inf"], epochs=1)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for other in ("no_grad", "inference", "default"):
-        for run in ("alpha=1_seed=0", "alpha=inf_seed=0"):
-            assert without_times(tmp_path / "plain", run) == without_times(tmp_path / other, run), other
+def test_torchrun_shares_the_runs(tiny, tmp_path, monkeypatch):
+    """As its processes would, one after the other: each trains its share, the last concludes."""
+    options = {**TINY, "seeds": [0, 1], "epochs": 2}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert tiny_run(tiny, tmp_path / "two", **options) == {}
+    assert len(list((tmp_path / "two").glob("*/log.jsonl"))) == 2
+    monkeypatch.setenv("RANK", "1")
+    two = tiny_run(tiny, tmp_path / "two", **options)
+    monkeypatch.delenv("WORLD_SIZE"), monkeypatch.delenv("RANK")
+    assert two["readings"] == tiny_run(tiny, tmp_path / "one", **options)["readings"]
 
 
-def test_a_rank_without_work_says_so(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "5"), monkeypatch.setenv("WORLD_SIZE", "8")
-    assert tiny_run(tiny, tmp_path, epochs=1) == {}
-    assert "rank 5 of 8: there is no run" in capsys.readouterr().out
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the CUDA graph path")
+def test_cuda_graph_equals_the_plain_step_and_the_cpu(tiny, tmp_path, monkeypatch):
+    tiny_run(tiny, tmp_path / "graph", device="cuda", dtype="float64")
+    tiny_run(tiny, tmp_path / "cpu", dtype="float64")
+    monkeypatch.setattr(common, "graphed", lambda step, training: step)
+    tiny_run(tiny, tmp_path / "plain", device="cuda", dtype="float64")
+    for run in ("alpha=1_seed=0", "alpha=100_seed=0"):
+        graph, plain, cpu = (records(tmp_path / name, run) for name in ("graph", "plain", "cpu"))
+        for a, b, c in zip(graph, plain, cpu, strict=True):
+            assert a["mean_train_loss"] == pytest.approx(b["mean_train_loss"], rel=1e-7)
+            assert a["mean_train_loss"] == pytest.approx(c["mean_train_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["noisy", "cscore", "spurious"])
 def test_quick_shows_the_effect(name, tmp_path):
     """For each seed the gap of alpha = 1 is larger at three levels or more, by more than .02 ln C."""
-    script = __import__(name)
+    start_loss = math.log(2 if name == "spurious" else 10)
     for seed in (0, 1, 2):
-        summary = script.main(quick=True, seeds=[seed], out=str(tmp_path), device="cpu")
-        start = math.log(2 if name == "spurious" else 10)
-        gaps = {level: row["gap"]["mean"] for level, row in summary["paired"]["1 - 100"]["levels"].items()
-                if "gap" in row and float(level) < .8 * start}
-        assert sum(gap > .02 * start for gap in gaps.values()) >= 3, (seed, gaps)
+        summary = __import__(name).main(quick=True, seeds=[seed], out=str(tmp_path / str(seed)), device="cpu")
+        gaps = [row["mean"] for row in summary["differences"] if row["quantity"] == "gap"
+                and row["on"] == "mean_train_loss" and row["level"] < .8 * start_loss]
+        assert sum(gap > .02 * start_loss for gap in gaps) >= 3, (seed, gaps)
