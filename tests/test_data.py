@@ -66,7 +66,7 @@ BAD = [("y_test", "needs arrays x_test|not a readable", [None, np.array([{}] * 3
        ("y_test", "has a label outside 0 to 2", [last("y_test", 3), last("y_test", -1)]),
        ("score_train", "must be finite", [last("score_train", value) for value in (np.nan, -np.inf)]),
        ("score_train", "60 of them", [A["score_train"][1:], A["score_train"] * 1j, A["score_train"][:, None], .5]),
-       ("attribute_test", "must be", [A["attribute_test"] + value for value in (1, -1, .5, np.nan, 1j)]),
+       ("attribute_test", "must be", [A["attribute_test"] * value for value in (2, -1, .5, np.nan, 1j)]),
        ("mean", "mean", [last("mean", value) for value in (-.01, 1.01, np.nan)] + [.5, ["a", "b", "c"], None]),
        ("std", "must be", [last("std", value) for value in (0, -.1, .51, np.inf)] + [[.1, .1]])]
 

@@ -1,5 +1,4 @@
-"""spurious.py: its data from look-alike files, hostile archives, its cells and networks. And of the three scripts that
-train on images: what they write, and what they refuse."""
+"""spurious.py: its data, cells and networks; and what the three scripts that train on images write and refuse."""
 import gzip
 import json
 import math
@@ -53,8 +52,7 @@ def no_network(*arguments, **more):
 
 @pytest.mark.parametrize("agree", [.6, .9])
 def test_dominoes(agree, monkeypatch):
-    """Digits and images are numbers, in one pixel or in all, whose last digit is their kind: below 150 they are of the
-    training sets, above of the test sets."""
+    """Digits and images are numbers, the last digit is their kind; from 150 on they are of the test sets."""
     def numbered(self, root, train, download):
         number = torch.arange(150) if train else torch.arange(150, 200)
         if isinstance(self, datasets.MNIST):
@@ -81,11 +79,10 @@ def test_dominoes(agree, monkeypatch):
     assert np.array_equal(images["x_train"], load("dominoes", digits=[2, 5], agree=agree)["x_train"])
 
 
-@pytest.fixture
-def celeba(tmp_path, monkeypatch):
-    """Seven images, four for training, one for validation, two for testing."""
+def test_celeba(tmp_path, monkeypatch):
+    """Seven images, four for training, two for testing; damaged; a table missing, cut short, of another checksum."""
     folder = tmp_path / "celeba"
-    (folder / "img_align_celeba").mkdir(parents=True)
+    os.makedirs(folder / "img_align_celeba")
     attributes = ["-1  1 -1", "-1 -1  1", "-1  1  1", "-1 -1 -1", "-1 -1 -1", "-1  1 -1", "-1 -1  1"]
     for name, text, values in (("list_attr_celeba", "7\n5_o_Clock_Shadow Blond_Hair Male \n", attributes),
                                ("list_eval_partition", "", [0, 0, 0, 1, 0, 2, 2]), ("identity_CelebA", "", range(7)),
@@ -95,37 +92,31 @@ def celeba(tmp_path, monkeypatch):
             text += f"{k + 1:06d}.jpg {value}\n"
         (folder / f"{name}.txt").write_text(text)
     for k in range(7):
-        Image.new("RGB", (178, 218), (30 * k, 99, 200)).save(folder / "img_align_celeba" / f"{k + 1:06d}.jpg", quality=95)
+        Image.new("RGB", (178, 218), (30 * k, 99, 200)).save(folder / "img_align_celeba" / f"{k + 1:06d}.jpg")
     monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", no_network)
-    return tmp_path
-
-
-def test_celeba(celeba, monkeypatch):
-    """The training set, the pool, the test set; a damaged image; a table missing, cut short, or of another checksum."""
     there = lambda path, md5=None: os.path.isfile(path)
     monkeypatch.setattr("torchvision.datasets.celeba.check_integrity", there)
     monkeypatch.setattr(spurious, "CELEBA_TRAIN", 3)
-    images, folder = load("celeba", celeba), celeba / "celeba" / "img_align_celeba"
+    images = load("celeba", tmp_path)
     assert images["y_pool"].tolist() == [1, 0, 1, 0] and images["attribute_pool"].tolist() == [0, 1, 1, 0]
     assert images["y_train"].tolist() == [1, 0, 1] and images["x_train"].shape == (3, 224, 224, 3)
     assert images["y_test"].tolist() == [1, 0] and images["attribute_test"].tolist() == [0, 1]
-    assert images["mean"] == [.485, .456, .406] and images["std"] == [.229, .224, .225]
     x = images["x_pool"][np.arange(4)]
-    assert x.shape == (4, 224, 224, 3) and x.dtype == np.uint8
+    assert x.shape == (4, 224, 224, 3) and x.dtype == np.uint8 and images["std"] == [.229, .224, .225]
     np.testing.assert_allclose(x.mean((1, 2)), [(0, 99, 200), (30, 99, 200), (60, 99, 200), (120, 99, 200)], atol=3)
     band = np.zeros((218, 178, 3), np.uint8)
     band[:15] = 255  # the middle 178 of 218 rows stay
-    Image.fromarray(band).save(folder / "000001.jpg")
-    (folder / "000002.jpg").write_bytes(b"\xff\xd8 this is no JPEG")
+    Image.fromarray(band).save(folder / "img_align_celeba" / "000001.jpg")
+    (folder / "img_align_celeba" / "000002.jpg").write_bytes(b"\xff\xd8 this is no JPEG")
     assert images["x_pool"][np.array([0])].max() < 10
     refused("000002.jpg.: missing, damaged", images["x_pool"].__getitem__, np.arange(2))
-    table = celeba / "celeba" / "list_attr_celeba.txt"
+    table = folder / "list_attr_celeba.txt"
     text = table.read_text()
     for content, check in ((None, there), (text[:-5], there), (text, datasets.utils.check_integrity)):
         monkeypatch.setattr("torchvision.datasets.celeba.check_integrity", check)
         table.unlink() if content is None else table.write_text(content)
-        refused(f"CelebA could not be had from Google Drive.*Put list_attr_celeba.txt, .* into {table.parent} by hand.*"
-                r"--dataset dominoes \(downloads MNIST and CIFAR-10\) or --dataset synthetic", load, "celeba", celeba)
+        refused(f"CelebA could not be had from Google Drive.*Put list_attr_celeba.txt, .* into {folder} by hand.*"
+                r"--dataset dominoes \(downloads MNIST and CIFAR-10\) or --dataset synthetic", load, "celeba", tmp_path)
 
 
 @pytest.fixture
@@ -137,7 +128,7 @@ def waterbirds(tmp_path):
     for k, (y, place, split) in enumerate([*rows, (0, 0, 0), (1, 1, 0), (0, 1, 1)]):
         image = folder / f"{k % 3 + 1:03d}.Bird" / f"Bird_{k}.jpg"
         image.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (320, 290), (40 + 150 * y, 40 + 150 * place, 100 * split)).save(image, quality=95)
+        Image.new("RGB", (320, 290), (40 + 150 * y, 40 + 150 * place, 100 * split)).save(image)
         lines.append(f'{k},{image.relative_to(folder)},{y},{split},{place},"/b/bamboo forest/0.jpg"\n')
     (folder / "metadata.csv").write_text("".join(lines))
     return tmp_path
@@ -148,13 +139,12 @@ def test_waterbirds_folder(waterbirds):
     assert images["y_test"].tolist() == [0, 0, 1, 1] and images["attribute_test"].tolist() == [0, 1, 0, 1]
     x = images["x_train"][np.arange(14)]
     assert x.shape == (14, 224, 224, 3) and images["mean"] == [.485, .456, .406]
-    np.testing.assert_allclose(x[..., 0].mean((1, 2)), 40 + 150 * images["y_train"], atol=3)
-    np.testing.assert_allclose(x[..., 1].mean((1, 2)), 40 + 150 * images["attribute_train"], atol=3)
+    expected = np.stack([40 + 150 * images["y_train"], 40 + 150 * images["attribute_train"], np.zeros(14)], 1)
+    np.testing.assert_allclose(x.mean((1, 2)), expected, atol=3)
     table = waterbirds / WATERBIRDS / "metadata.csv"
     text = table.read_text()
-    for old, new in (("img_filename", "file"), ("split", "part"), (",y,", ",label,"), ("jpg,0,0,0,", "jpg,2,0,0,"),
-                     ("jpg,0,0,0,", "jpg,0,3,0,"), ("jpg,0,0,0,", "jpg,0,0,yes,"), ("jpg,0,0,0,", "jpg\n"),
-                     ("/b/bamboo", "b" * 200_000), ("0,001.Bird", '0,"001.Bird')):
+    for old, new in (("img_filename", "file"), ("split", "part"), ("jpg,0,0,0,", "jpg,2,0,0,"),
+                     ("jpg,0,0,0,", "jpg,0,3,0,"), ("jpg,0,0,0,", "jpg\n"), ("/b/bamboo", "b" * 200_000)):
         table.write_text(text.replace(old, new, 1))
         refused("metadata.csv: line [0-9]+: needs img_filename, y and place", load, "waterbirds", waterbirds)
     table.write_text(text.split("\n")[0])
@@ -191,24 +181,22 @@ def test_waterbirds_archive(waterbirds, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind, name, target", [
     (tarfile.REGTYPE, "SCRATCH/stolen", ""), (tarfile.REGTYPE, "../scratch/stolen", ""),
     (tarfile.SYMTYPE, f"{WATERBIRDS}/link", "SCRATCH"), (tarfile.SYMTYPE, f"{WATERBIRDS}/link", "../../../scratch"),
-    (tarfile.LNKTYPE, f"{WATERBIRDS}/h", "SCRATCH/secret"), (tarfile.LNKTYPE, f"{WATERBIRDS}/h", "../scratch/secret"),
-    (tarfile.FIFOTYPE, f"{WATERBIRDS}/pipe", ""), (tarfile.CHRTYPE, f"{WATERBIRDS}/two\nlines", "")])
+    (tarfile.LNKTYPE, f"{WATERBIRDS}/h", "SCRATCH/secret"), (tarfile.FIFOTYPE, f"{WATERBIRDS}/two\nlines", "")])
 def test_hostile_archives(tmp_path, kind, name, target):
     """Each comes behind a table; whatever becomes of it, nothing is written or linked outside."""
     new, scratch = tmp_path / "new", tmp_path / "scratch"
-    new.mkdir()
-    scratch.mkdir()
+    for folder in (new, scratch):
+        folder.mkdir()
     (scratch / "secret").write_text("mine")
     with tarfile.open(new / f"{WATERBIRDS}.tar.gz", "w:gz") as tar:
         for member, link in ((f"{WATERBIRDS}/metadata.csv", ""), (name, target), (f"{WATERBIRDS}/link/stolen", "")):
             info = tarfile.TarInfo(member.replace("SCRATCH", str(scratch)))
-            info.type, info.linkname = tarfile.REGTYPE, link.replace("SCRATCH", str(scratch))
-            if member == name:
-                info.type = kind
+            info.linkname = link.replace("SCRATCH", str(scratch))
+            info.type = kind if member == name else tarfile.REGTYPE
             tar.addfile(info)
     refused(f"could not be had.*{WATERBIRDS}.tar.gz|waterbirds: needs labels", load, "waterbirds", new)
     assert os.listdir(scratch) == ["secret"] and (scratch / "secret").stat().st_nlink == 1
-    assert (scratch / "secret").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["new", "scratch"]
+    assert (scratch / "secret").read_text() == "mine"
 
 
 def test_cells_unequal_and_empty():
@@ -225,8 +213,7 @@ def test_cells_unequal_and_empty():
 
     for name, index in zip(("00", "01", "10", "11"), drawn(0)):
         assert (y[index] == int(name[0])).all() and (attribute[index] == int(name[1])).all()
-    assert np.array_equal(drawn(0)[3], drawn(0)[3]) and not np.array_equal(drawn(0)[3], drawn(1)[3])
-    assert min(drawn(0, number[50:])[0]) == 50
+    assert min(drawn(0, number[50:])[0]) == 50 and not np.array_equal(drawn(0)[3], drawn(1)[3])
     refused("no test image has label 0 and attribute 1", drawn, 0, np.delete(number, [200, 201, 202]))
     assert spurious.with_correlation(y, attribute) == ["00", "11"]
     assert spurious.with_correlation(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0])) == ["00", "10"]
@@ -235,29 +222,28 @@ def test_cells_unequal_and_empty():
 
 @pytest.mark.parametrize("dataset, lr, major", [("celeba", .01, ["00", "10"]), ("waterbirds", .001, ["00", "11"])])
 def test_torchvision_networks(dataset, lr, major, tmp_path, monkeypatch):
-    """Whole runs at 32 pixels. CelebA: its training cells come from the pool, and men are against the correlation.
-    Waterbirds: from a file of weights."""
-    images = {**small_arrays((5, 2, 2, 5), (1, 1, 1, 1), 32), "mean": [.5] * 3, "std": [.2] * 3}
+    """Whole runs at 32 pixels; CelebA's training cells come from the pool, and men are against the correlation."""
+    images = {**small_arrays((7, 2, 2, 5), (1, 1, 1, 1), 32), "mean": [.5] * 3, "std": [.2] * 3}
     if dataset == "celeba":
         for name in ("x", "y", "attribute"):
             images[f"{name}_pool"] = images[f"{name}_train"]
-            images[f"{name}_train"] = images[f"{name}_train"][:9]  # nothing in the last cell
+            images[f"{name}_train"] = images[f"{name}_train"][:11]  # nothing in the last cell
     monkeypatch.setattr(spurious, dataset, lambda data_dir: images)
-    options = dict(dataset=dataset, data_dir=tmp_path, out=tmp_path / "run", alpha=1, epochs=1, batch_size=7,
-                   probe_examples=2, device="cpu")
+    options = dict(TINY, dataset=dataset, data_dir=tmp_path, out=tmp_path, alpha=1, epochs=1, lr=None, probe_examples=2)
     if dataset == "waterbirds":
         monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
         refused("resnet18-.*Name or service not known.*by hand.*--from-scratch", spurious.main, **options)
-        source, weights = models.resnet18(), models.ResNet18_Weights.IMAGENET1K_V1
-        torch.save(source.state_dict(), tmp_path / os.path.basename(weights.url))
+        torch.manual_seed(0)
+        source = models.resnet18()
+        torch.save(source.state_dict(), tmp_path / "resnet18-f37072fd.pth")
     spurious.main(**options)
-    folder = tmp_path / "run" / "alpha=1_seed=0"
+    folder = tmp_path / "alpha=1_seed=0"
     first, *_, last = records_of(folder)
     assert json.loads((folder / "args.json").read_text())["lr"] == lr
-    assert first["mean_train_loss"] == pytest.approx(math.log(2)) and 0 < last["ntk_alignment"] < .9999
-    assert first["ntk_alignment"] == pytest.approx(1, abs=1e-5) and math.isfinite(last["test_loss"])
+    assert first["mean_train_loss"] == pytest.approx(math.log(2)) and math.isfinite(last["test_loss"])
+    assert first["ntk_alignment"] == pytest.approx(1, abs=1e-5) and first["ntk_alignment"] != last["ntk_alignment"] > 0
     assert last["with_loss"] == pytest.approx(np.mean([last[f"cell_{cell}_loss"] for cell in major]))
-    if dataset == "waterbirds":
+    if dataset == "waterbirds":  # hardly moved
         trained = torch.load(folder / "checkpoint.pt")["tensors"][0]
         assert torch.cosine_similarity(trained.flatten(), source.conv1.weight.flatten(), 0) > .99
 
@@ -295,23 +281,23 @@ def test_what_a_script_writes(script, lazy, groups, tmp_path):
         assert row["mean"] == pytest.approx(read[0] - read[1], abs=1e-5)
     picture = np.asarray(Image.open(out / f"{name}.png").convert("RGBA"))
     assert (picture[..., 3] == 255).all() and (picture[[0, -1]] == 255).all() and picture[..., 0].mean() < 254
+    options = {**TINY, "epochs": 1, "batch_size": 30, "lr": 1e-6}  # no level is passed
+    short = script.main(dataset=tmp_path / "mine.npz", out=tmp_path / "short", **options)
+    assert not short["readings"] and short["conclusion"].startswith("Nothing is concluded")
 
 
-REFUSED = [
+@pytest.mark.parametrize("script, words, cases", [
     (noisy, "--alpha: must be a number above 0, not (0$|1,2 .separate several)", [{"alpha": 0}, {"alpha": "1,2"}]),
     (noisy, "--alpha", [{"alpha": [1, -3]}, {"alpha": []}, {"alpha": 1.2345678}]),
     (noisy, "must be a whole number at least 0", [{"seeds": 1.5}, {"seeds": [0, -1]}, {"jobs": -1}]),
     (noisy, "must be ", [{"lr": 0}, {"lr": "inf"}, {"epochs": 0}, {"momentum": 1}, {"noise": 1}, {"device": "tpu"}]),
     (noisy, "larger than the training set of 67|label noise", [{"batch_size": 68}, {"subset": 68}, {"noise": .001}]),
-    (noisy, "unrecognized|invalid choice|no records of runs", [{"epoch": 1}, {"dtype": "float16"}, {"draw_only": True}]),
+    (noisy, "unrecognized|invalid choice|no records", [{"epoch": 1}, {"dtype": "float16"}, {"draw_only": True}]),
     (cscore, "have no deciles", [{"score_train": [.5] * 67}, {"score_test": [1] * 20}, {"subset": 9, "batch_size": 9}]),
     (spurious, "must be celeba|needs labels 0 and 1", [{"dataset": "cifar10"}, {"y_train": np.arange(67) % 3}]),
     (spurious, "--digits|--agree", [{"digits": 1}, {"digits": [7, 7], "dataset": "dominoes"}, {"agree": 1}]),
     (spurious, "an empty cell", [{"attribute_train": [0] * 67}, {"attribute_test": [1] * 20},
-                                 {"subset": 30, "seeds": [0, 2, 1]}])]  # of one seed only
-
-
-@pytest.mark.parametrize("script, words, cases", REFUSED)
+                                 {"subset": 30, "seeds": [0, 2, 1]}])])  # of one seed only
 def test_what_is_refused(script, words, cases, tmp_path):
     """In one line, and before anything is recorded."""
     for case in cases:
