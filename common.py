@@ -1218,7 +1218,7 @@ def curve(records):
         if record.get("ended") not in ("epochs", "diverged"):
             finite.append(record)
     columns = {}
-    for key in {key for record in finite for key in record} - {"ended"}:
+    for key in {key for record in finite for key in record} - {"ended", "seconds"}:
         values = np.array([record.get(key) for record in finite], float)  # None becomes nan
         if all(key in record for record in finite):
             columns[key] = smooth(values)
@@ -1666,7 +1666,7 @@ def sweep(o, load, run, conclude, draw):
         if others:
             print(f"warning: {len(others)} run(s) in {o.out} are by another text of {o.script}.py: {', '.join(others)}")
         missing = [pair for pair in share_of_rank(pairs) if needs_training(folder_of(o, *pair), o)]
-        for _ in side_by_side(o, functools.partial(train, load, run, o), missing):
+        for _ in side_by_side(o, functools.partial(train, load, run, o), missing, threads=1 if o.quick else None):
             pass
         if any(needs_training(folder_of(o, *pair), o) for pair in pairs):
             return {}  # another process is at work on them, and will conclude
@@ -1708,24 +1708,25 @@ def share_of_rank(tasks):
     return tasks[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
 
-def side_by_side(o, work, tasks):
-    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process). The first exception, or
-    Ctrl-C, ends all."""
+def side_by_side(o, work, tasks, threads=None):
+    """Yield work(*task) as the tasks end, --jobs processes at a time (1: in this process), each with its share of the
+    cores, or so many threads: those of small networks only wait for each other. The first exception, or Ctrl-C, ends
+    all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = o.jobs or (1 if o.device.type == "cuda" or "WORLD_SIZE" in os.environ else cores)
-    jobs = min(jobs, len(tasks))
-    if jobs <= 1:
+    jobs = max(1, min(jobs, len(tasks)))
+    work = functools.partial(exactly, work, threads or max(1, min(torch.get_num_threads(), cores) // jobs))
+    if jobs == 1:
         for task in tasks:
-            yield exactly(work, *task)
+            yield work(*task)
         return
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     numbers = context.SimpleQueue()
     for k in range(jobs):
         numbers.put(k)
-    start = functools.partial(start_child, numbers, max(1, cores // jobs))
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, start) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, start_child, (numbers,)) as pool:
         try:
-            for future in concurrent.futures.as_completed([pool.submit(exactly, work, *task) for task in tasks]):
+            for future in concurrent.futures.as_completed([pool.submit(work, *task) for task in tasks]):
                 yield future.result()
         except concurrent.futures.BrokenExecutor:
             raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the "
@@ -1736,16 +1737,20 @@ def side_by_side(o, work, tasks):
                 child.kill()
 
 
-def exactly(work, *task):
+def exactly(work, threads, *task):
     """work(*task) in true float32: TF32, cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it
-    rounds off. With gradients, whatever the caller has switched off."""
-    with torch.inference_mode(False), torch.enable_grad(), true_float32():
-        return work(*task)
-
-
-def start_child(numbers, threads):
-    """In a child of --jobs: its threads, its GPU; its end when the parent's comes; Ctrl-C is the parent's business."""
+    rounds off. With gradients, whatever the caller has switched off, and on so many threads."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), true_float32():
+            return work(*task)
+    finally:
+        torch.set_num_threads(before)
+
+
+def start_child(numbers):
+    """In a child of --jobs: its GPU; its end when the parent's comes; Ctrl-C is the parent's business."""
     if torch.cuda.device_count():
         torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")

@@ -186,7 +186,7 @@ def train_missing(o, args):
         done = [run for path in folder.glob("runs=*.npz") for run in common.read_npz(path)["runs"].tolist()]
         missing = [run for run in range(o.runs) if run not in done]
         chunks += [(missing[first:first + o.chunk], alpha, o) for first in range(0, len(missing), o.chunk)]
-    for k, written in enumerate(common.side_by_side(o, train_chunk, common.share_of_rank(chunks))):
+    for k, written in enumerate(common.side_by_side(o, train_chunk, common.share_of_rank(chunks), threads=1)):
         common.progress(f"{k + 1} of {len(chunks)}: {written}")
 
 
@@ -327,7 +327,7 @@ def animate(o):
     from matplotlib.figure import Figure
     alphas = o.alpha if len(o.alpha) <= 4 else [*o.alpha[:3], o.alpha[-1]]
     print("toy.gif: training run 0 once more", flush=True)
-    at = dict(common.side_by_side(o, predictions, [(alpha, o) for alpha in alphas]))
+    at = dict(common.side_by_side(o, predictions, [(alpha, o) for alpha in alphas], threads=1))
     levels = [level for level in FRAMES if all(level in at[alpha] for alpha in alphas)]
     if not levels:
         raise ValueError("--animate: run 0 does not learn under every alpha: more --iterations")

@@ -151,11 +151,10 @@ def test_a_run_that_goes_off_is_called_diverged(tiny, tmp_path):
                     **{**TINY, "lr": 1e6, "alpha": [1, 1e10], "dtype": "float64"})
     out, err = process.communicate()
     assert process.returncode == 1, err
-    line, = [line for line in out.splitlines() if "diverged" in line]
-    assert "alpha=1_seed=0" in line and "smaller --lr" in line
+    assert [line for line in out.splitlines() if line.startswith("alpha=1_seed=0: diverged") and "smaller --lr" in line]
     assert records(tmp_path)[-1]["mean_train_loss"] is None and records(tmp_path)[-1]["ended"] == "diverged"
     assert records(tmp_path, "alpha=1e+10_seed=0")[-1]["mean_train_loss"] is not None
-    assert json.loads((tmp_path / "summary.json").read_text())["diverged"] == ["alpha=1_seed=0"]
+    assert "alpha=1_seed=0" in json.loads((tmp_path / "summary.json").read_text())["diverged"]
     summary = tiny_run(tiny, tmp_path / "finite", alpha=[1], epochs=3, lr=30)
     assert summary["diverged"] == ["alpha=1_seed=0"]
     assert records(tmp_path / "finite")[-1]["mean_train_loss"] is None or (
