@@ -95,6 +95,9 @@ def conclude(o, runs):
     conclusion = common.verdict(runs, rows, pairs, "clean_loss", "noisy_loss", "rich networks learn wrong labels later",
                                 o.about)
     print(f"\n{conclusion}")
+    if rows and "noisy_minus_control" in rows[0]:
+        print(common.verdict(runs, rows, pairs, "clean_loss", "noisy_minus_control",
+                             "this is more than better generalisation", o.about))
     for title, quantity in (("Loss of the wrongly labelled examples", "noisy_loss"),
                             ("The same minus that of held-out images with wrong labels", "noisy_minus_control"),
                             ("Test loss", "test_loss")):

@@ -353,7 +353,9 @@ def animate(o):
 
 
 def predictions(alpha, o):
-    """Train run 0. Returns alpha and {level: (iteration, probability of label +1 (SIDE, SIDE))}."""
+    """Train run 0, for twenty times --iterations, so that lazy networks come to the last frame, too. Returns alpha and
+    {level: (iteration, probability of label +1 (SIDE, SIDE))}."""
+    o = argparse.Namespace(**{**vars(o), "iterations": 20 * o.iterations})
     grid, found = points(0, o)[1].to(o.device, o.dtype), {}
     grid[:, 2:] = 0
     for _, level, iteration, theta, theta0 in train([0], alpha, o, FRAMES, {0: []}):

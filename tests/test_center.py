@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -353,3 +354,113 @@ def test_runs_on_the_meta_device(alpha):
     optimizer = common.scaled_sgd(f, .1, .9)
     f(torch.zeros(4, 3, 32, 32, device="meta")).sum().backward()
     optimizer.step()
+
+
+# --- what people bring ---
+
+
+class Linear(nn.Linear):
+    """Of 3 inputs and 2 outputs; `how` spoils it."""
+
+    def __init__(self, how):
+        super().__init__(3, 2)
+        self.how, self.count = how, 0
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += 1
+        out = super().forward(x)
+        return {"dict": {"out": out}, "tuple": (out, out), "complex": out * 1j, "whole": out.round().long(),
+                "buffer": out * self.calls, "attribute": out + self.count,
+                "F.dropout": F.dropout(out, .5), "noise": out + torch.rand(2)}[self.how]
+
+
+def counting_hook():
+    model, calls = nn.Linear(3, 2), []
+    model.register_forward_hook(lambda module, args, out: out * len(calls + [calls.append(1)]))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("alpha", [1, math.inf])
+@pytest.mark.parametrize("make, says", [
+    *(((lambda how=how: Linear(how)), "one tensor of real numbers") for how in ("dict", "tuple", "complex", "whole")),
+    *(((lambda how=how: Linear(how)), "computed twice") for how in ("buffer", "attribute", "F.dropout", "noise")),
+    (counting_hook, "computed twice"), (lambda: nn.utils.weight_norm(nn.Linear(3, 2)), "cannot be copied")])
+def test_networks_that_have_no_f_alpha_are_refused_in_one_line(make, says, alpha):
+    with pytest.raises(ValueError, match=says) as error:
+        common.center(make(), alpha)(torch.randn(4, 3))
+    assert "\n" not in str(error.value)
+
+
+class Embedded(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 4, **options), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.table(x).mean(1))
+
+
+class Table(Embedded):
+    def forward(self, x):
+        return self.head(F.embedding(x, self.table.weight, sparse=True).mean(1))
+
+
+class Mixed(nn.Module):
+    """Complex numbers and two precisions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(3, 2, dtype=torch.cfloat)), nn.Linear(2, 2).double()
+
+    def forward(self, x):
+        return self.head((x[:, :3].to(torch.cfloat) @ self.weight).real.double())
+
+
+@pytest.mark.parametrize("make", [Mixed, Table, lambda: Embedded(sparse=True), lambda: Embedded(max_norm=.5),
+                                  lambda: nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(6, 2).bfloat16().float())])
+def test_whatever_plain_sgd_trains(make):
+    """The same steps as torch.optim.SGD at lr / alpha^2, with momentum, on the objective written out."""
+    torch.manual_seed(0)
+    model, x = make(), torch.randint(10, (6, 3))
+    target = torch.randn(6, 2)
+    by_hand, theta0 = copy.deepcopy(model), copy.deepcopy(model)
+    f = common.center(model, 3.0)
+    steps = [(common.scaled_sgd(f, .1, .9), f),
+             (torch.optim.SGD(by_hand.parameters(), .1 / 9, .9), lambda x: 3 * (by_hand(x) - theta0(x).detach()))]
+    for optimizer, output in steps:
+        for _ in range(4):
+            optimizer.zero_grad()
+            ((output(x) - target)**2).mean().backward()
+            optimizer.step()
+    for ours, plain in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert not torch.equal(next(model.parameters()), next(theta0.parameters()))
+
+
+class Stopped(nn.Module):
+    """Part of the gradient is stopped; autograd does not see it, forward mode may."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(5, 4), nn.Linear(4, 3), how
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "no_grad"):
+            h = torch.tanh(self.first(x))
+        if self.how == "detach":
+            h = h * h.detach()
+        if self.how == "data":
+            h = h + h.data**2
+        return self.second(h)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach", "data"])
+def test_the_derivative_is_the_one_that_autograd_sees(how):
+    torch.manual_seed(0)
+    model, x = Stopped(how).double(), batch()[0]
+    f = with_delta(model)
+    expected = jacobian(model, x).flatten(0, 1) @ torch.cat([delta.flatten() for delta in f.delta])
+    torch.testing.assert_close(f(x).flatten(), expected)

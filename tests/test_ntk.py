@@ -581,3 +581,68 @@ def test_linearisation_error_without_a_forward_mode_formula():
     linear = 2 * jacobian(f.model0.requires_grad_(), x).sum(2) * .01
     expected = ((f(x) - linear).norm() / f(x).norm()).item()
     assert common.linearisation_error(f, x) == pytest.approx(expected, rel=1e-8)
+
+
+# --- what people bring ---
+
+
+class KeywordHead(nn.Module):
+    """The head is registered first, called last, by keyword; attention holds a linear layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Linear(4, 2), nn.Linear(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.body(input=x)
+        return self.head(input=h + self.attention(h[:, None], h[:, None], h[:, None])[0][:, 0])
+
+
+def test_representation_is_what_the_last_called_linear_receives():
+    torch.manual_seed(0)
+    model, x = KeywordHead(), torch.randn(5, 3)
+    h = model.body(x)
+    expected = h + model.attention(h[:, None], h[:, None], h[:, None])[0][:, 0]
+    assert torch.equal(common.representation(model, x), expected.detach())
+    assert common.representation(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.), torch.randn(2, 3, 4)).shape == (2, 24)
+    with pytest.raises(ValueError, match="no nn.Linear"):
+        common.representation(nn.Flatten(), torch.randn(2, 3, 4))
+
+
+def test_an_embedding_that_renormalises_itself_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=.5), nn.Flatten(), nn.Linear(12, 2)).double()
+    x, before = torch.randint(10, (4, 3)), copy.deepcopy(model.state_dict())
+    K = common.empirical_ntk(model, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(torch.arange(10)[:, None].repeat(1, 3))  # now it has renormalised itself
+    assert close(K, kernel_by_hand(model, x))
+
+
+@pytest.mark.parametrize("size, stride, matrix", [(1, 1, True), (2, 2, True), (1, 2, True), (2, 1, False), (3, 2, False)])
+def test_a_convolution_on_a_single_position_is_a_matrix_product(size, stride, matrix, monkeypatch):
+    torch.manual_seed(0)
+    ours, x = common.Conv(4, 6, 3, stride, padding=1), torch.randn(5, 4, size, size, requires_grad=True)
+    torch.manual_seed(0)
+    torchs = nn.Conv2d(4, 6, 3, stride, padding=1)
+    assert all(torch.equal(value, torchs.state_dict()[name]) for name, value in ours.state_dict().items())
+    products = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: products.append(1) or linear(*args))
+    one, other = ours(x), torchs(x)
+    assert len(products) == matrix
+    torch.testing.assert_close(one, other, rtol=3e-7, atol=3e-7)
+    slope = torch.randn_like(one)
+    gradients = [torch.autograd.grad(out, [x, *layer.parameters()], slope) for out, layer in ((one, ours), (other, torchs))]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    ours, torchs = (nn.Sequential(layer, nn.Flatten()).double() for layer in (ours, torchs))
+    assert close(common.empirical_ntk(ours, x.detach().double()), kernel_by_hand(torchs, x.detach().double()))
+
+
+def test_resnet18_takes_that_way_and_keeps_its_structured_kernel():
+    torch.manual_seed(0)
+    model, x = common.resnet18(3, width=4), torch.randn(4, 3, 32, 32)
+    J = common.Jacobian(model, x, 2**30, structured=True)
+    assert len(J.layers) == 21 and not J.rest and J.confirms(J.product(J), J)
