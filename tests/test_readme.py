@@ -151,6 +151,7 @@ def test_no_machine_paths():
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "figures").iterdir() if list(path.glob("alpha=*"))))
 def test_figures_can_be_drawn_again_from_what_is_kept(folder, tmp_path):
+    """Records of earlier versions, too: their args.json is nested, their records have more keys."""
     name = {"dominoes": "spurious"}.get(folder, folder.split("_")[0])
     shutil.copytree(ROOT / "figures" / folder, tmp_path / folder)
     again = __import__(name).main(out=str(tmp_path / folder), draw_only=True)
