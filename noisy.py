@@ -128,7 +128,7 @@ def draw(o, rows, pairs):
     similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "clean_loss", "linearisation_error")
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    if rows:
+    if error.lines:
         error.legend()
     common.save_figure(figure, o.out, "noisy")
     common.draw_alphas(o, rows, pairs, "clean_loss", "noisy_loss")
