@@ -420,7 +420,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Mixed, Table, lambda: Embedded(sparse=True), lambda: Embedded(max_norm=.5),
-                                  lambda: nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(6, 2).bfloat16().float())])
+                                  lambda: nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(6, 2))])
 def test_whatever_plain_sgd_trains(make):
     """The same steps as torch.optim.SGD at lr / alpha^2, with momentum, on the objective written out."""
     torch.manual_seed(0)

@@ -45,7 +45,8 @@ def same(one, other):
     one, other = toy.read(one), toy.read(other)
     for alpha in one | other:
         for name, array in one[alpha].items():
-            np.testing.assert_allclose(array, other[alpha][name], rtol=1e-6 if array.dtype != np.float16 else 1e-2, err_msg=name)
+            tolerance = 1e-2 if array.dtype == np.float16 else 1e-6
+            np.testing.assert_allclose(array, other[alpha][name], rtol=tolerance, err_msg=name)
     return True
 
 
