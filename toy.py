@@ -300,10 +300,8 @@ def animate(o):
     """toy.gif: what run 0 predicts where all but x1, x2 are 0; up to four alphas, at equal training loss."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
-    alphas, at = sorted({*o.alpha[:3], o.alpha[-1]}), {}
-    for alpha, found in common.side_by_side(o, predictions, [(alpha, o) for alpha in alphas], threads=1):
-        at[alpha] = found
-        common.progress(f"toy.gif: run 0 is trained once more at alpha = {alpha:g}")
+    alphas = sorted({*o.alpha[:3], o.alpha[-1]})
+    at = dict(common.side_by_side(o, predictions, [(alpha, o) for alpha in alphas], threads=1))
     levels = [level for level in FRAMES if all(level in at[alpha] for alpha in alphas)]
     if not levels:
         raise ValueError("--animate: run 0 does not learn under every alpha: more --iterations")
@@ -331,6 +329,7 @@ def animate(o):
 def predictions(alpha, o):
     """Train run 0, for twenty times --iterations, so that lazy networks come to the last frame, too. Returns alpha and
     {level: (iteration, probability of label +1 (SIDE, SIDE))}."""
+    common.progress(f"toy.gif: training run 0 once more, at alpha = {alpha:g}")
     longer = argparse.Namespace(**{**vars(o), "iterations": 20 * o.iterations})
     grid, found = points(0, o)[1].to(o.device, o.dtype), {}
     grid[:, 2:] = 0
