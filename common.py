@@ -177,6 +177,9 @@ def check_deterministic(model, x=None):
     other examples of the batch, or on how often it has been called, or is no tensor of real numbers.
 
     By its layers: batch norm, dropout and stochastic depth in training mode. By value, given x (N, ...): f(x) twice."""
+    if nn.utils.parametrize._cache_enabled:
+        raise ValueError("inside torch.nn.utils.parametrize.cached() a network shares its cache with its copy at theta0, "
+                         "and f^a is wrong: leave it out")
     for name, m in model.named_modules():
         kind, bad = type(m).__name__, False
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -1110,12 +1113,14 @@ def compare(folder, args):
 
 
 def write_args(folder, args):
+    """Make the folder of a run, and its args.json if it has none."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "args.json").exists():
         write_atomically(folder / "args.json", json_line(args))
 
 
 def read_args(folder):
+    """A folder's args.json as a dict. ValueError: it is missing or damaged."""
     try:
         args = json.loads((folder / "args.json").read_text())
         return {**args.pop("run", {}), **args}  # earlier versions nested what is compared

@@ -115,7 +115,8 @@ def bench_probe():
     f0, linearity = common.outputs(f.model0, x), common.Linearity(f, x[:100])
     t_step, t_group, t_linearity = seconds(step_of(common.resnet18(10), 1.0, x[:125], y[:125]),
                                            lambda: common.outputs(f, x, f0), linearity, repeats=3)
-    print(f"\nprobe: {t_group:.2f} s a group of 1,000, {t_linearity:.2f} s the linearity measures, {t_step:.3f} s a step")
+    print(f"\nprobe: {t_group:.2f} s a group of 1,000, {t_linearity:.2f} s the linearity measures, {t_step:.3f} s a "
+          "step")
     for examples, epochs in ((40000, 11), (40000, 200), (4068, 12)):
         total = epochs * (examples // 125)
         probes = len(common.schedule(examples // 125, total))
