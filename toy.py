@@ -293,7 +293,7 @@ def draw_training(ax, o, found):
     ax.set(title="(b) training; markers: medians", xlabel="iterations",
            ylabel=f"training loss ({o.loss})", xscale="log", ylim=(LEVELS[-1] - .02, .72))
     ax.xaxis.set_major_formatter("{x:g}")  # powers of ten would be too small to read
-    ax.legend(loc="lower left", title="crosses: the paper" if paper else None)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), labelspacing=.2, title="×: paper" if paper else None)
 
 
 def animate(o):
