@@ -7,9 +7,7 @@
 
 The claim: at equal training loss the rich network (alpha = 1) has a larger loss than the lazy one (alpha = 100) inside
 the two discs, the hard examples, and a smaller one outside, on the easy ones. The gap is the loss inside minus outside.
-
-The paper's figure took 13 minutes on one busy CPU core (AMD EPYC, 2026-11-27); not timed on a GPU. It prints, and then
-the tables,
+The paper's figure took 13 minutes on one busy CPU core (AMD EPYC, 2026-11-27); not timed on a GPU. First it prints
 
     The claim that rich networks learn the hard discs last holds in these runs: gap at alpha = 1 minus that at alpha =
     100 is +0.068 [0.059, 0.077] at train_loss 0.5 and +0.177 [0.158, 0.196] at train_loss 0.4 (n = 100; MLP, softplus).
@@ -17,7 +15,6 @@ the tables,
 import argparse
 import io
 import math
-import os
 import pathlib
 
 import numpy as np
@@ -35,10 +32,7 @@ FRAMES = [k / 100 for k in range(68, 9, -2)]  # those of the animation
 PLANE = dict(extent=(-1, 1, -1, 1), origin="lower")  # where matplotlib puts a map
 CENTRES, RADIUS = [(-.5, .5), (.5, -.5)], .3  # of the two discs
 MEASURED = ("iteration", "test_loss", "test_acc", "inside_loss", "outside_loss")
-PAPER = {1: {.5: 124, .3: 218, .1: 453}, 100: {.6: 425, .5: 1377, .4: 3740}}  # {alpha: {loss: median iterations}}
-
-
-# The data.
+PAPER = {1: {124: .5, 218: .3, 453: .1}, 100: {425: .6, 1377: .5, 3740: .4}}  # {alpha: {median iterations: loss}}
 
 
 def label(x):
@@ -54,18 +48,12 @@ def label(x):
 def points(run, o):
     """What a run's seed fixes for every alpha, in float64 on the CPU: training examples (POINTS, d) and the test grid
     (SIDE^2, d), of which x1 and x2 are the same in every run and the rest is drawn."""
-    def draw(what, n):
-        generator = common.generator(what, run)
-        return 2 * torch.rand(n, 2 + o.extra_dims, generator=generator, dtype=torch.float64) - 1
-
+    d = 2 + o.extra_dims
+    train = 2 * torch.rand(POINTS, d, generator=common.generator("toy train", run), dtype=torch.float64) - 1
+    grid = 2 * torch.rand(SIDE**2, d, generator=common.generator("toy grid", run), dtype=torch.float64) - 1
     axis = torch.linspace(-1, 1, SIDE, dtype=torch.float64)
-    grid = draw("toy grid", SIDE**2)
     grid[:, 1], grid[:, 0] = torch.cartesian_prod(axis, axis).T  # rows of the map are x2
-    return draw("toy train", POINTS), grid
-
-
-# Training, R runs as one. Examples are columns: a CPU multiplies fastest with the long side last. (Written out, since
-# torch.func.vmap takes 1.5 times as long.)
+    return train, grid
 
 
 def network(run, o):
@@ -73,16 +61,9 @@ def network(run, o):
         return common.mlp([2 + o.extra_dims, o.width, o.width, o.width, 1]).to(o.device, o.dtype)
 
 
-def initialisations(runs, o):
-    """theta0 of R networks: weights (R, outputs, inputs) and biases (R, outputs, 1) in turn."""
-    theta0 = []
-    for same in zip(*(network(run, o).parameters() for run in runs)):  # one parameter of every run
-        theta0.append(torch.stack(same).detach().view(len(runs), len(same[0]), -1))
-    return theta0
-
-
 def forward(theta, x):
-    """f_theta(x) of R networks, each on its own examples x (R, d, N) -> (R, 1, N)."""
+    """f_theta(x) of R networks, each on its own examples x (R, d, N) -> (R, 1, N). theta: weights (R, outputs, inputs)
+    and biases (R, outputs, 1) in turn. (Written out, since torch.func.vmap takes 1.5 times as long.)"""
     for W, b in zip(theta[:-2:2], theta[1:-2:2]):
         x = torch.baddbmm(b, W, x).relu()
     W, b = theta[-2:]
@@ -90,11 +71,14 @@ def forward(theta, x):
 
 
 def centred(theta, theta0, x, alpha, f0=None):
-    """f^alpha(x) of R networks, (R, 1, N). At alpha = inf theta is delta = alpha (theta - theta0).
-    f0: forward(theta0, x), if it is known."""
+    """f^alpha(x) = alpha (f_theta(x) - f_theta0(x)) of R networks, (R, 1, N). At alpha = inf it is linear in theta,
+    which stands for alpha (theta - theta0). f0: forward(theta0, x), if it is known."""
+    f = lambda theta: forward(theta, x)
     if alpha == math.inf:
-        return torch.func.jvp(lambda theta: forward(theta, x), (theta0,), (theta,))[1]
-    return alpha * (forward(theta, x) - (forward(theta0, x) if f0 is None else f0))
+        return torch.func.jvp(f, (theta0,), (theta,))[1]
+    if f0 is None:
+        f0 = f(theta0)
+    return alpha * (f(theta) - f0)
 
 
 def loss_of(f, y):
@@ -103,54 +87,56 @@ def loss_of(f, y):
 
 
 def train(runs, alpha, o, levels, curves):
-    """Full-batch gradient descent, all `runs` at once, each to the last of `levels` or o.iterations.
+    """Full-batch gradient descent, all `runs` at once, until each has come to the last of `levels`, or o.iterations.
 
     Yields (run, level, iteration, theta, theta0) at the first iteration whose training loss is at or below a level;
     theta and theta0 are that run's. Iteration n is the network after n steps, so 0 is theta0. curves: {run: list}, to
-    which the training losses at curve_marks are added, and nan where a run diverges."""
+    which a run's training losses at curve_marks are added, as far as its last level, or a loss that is not finite."""
     lr = o.lr if alpha == math.inf else o.lr / alpha**2
-    runs, ahead, marks = list(runs), {run: list(levels) for run in runs}, set(curve_marks(o.iterations))
-    theta0 = initialisations(runs, o)
-    x = torch.stack([points(run, o)[0] for run in runs]).to(o.device, o.dtype)  # (R, N, d)
-    x, y = x.mT.contiguous(), label(x)[0][:, None]
+    stacked, _ = torch.func.stack_module_state([network(run, o) for run in runs])  # biases (R, outputs)
+    theta0 = [p.detach().view(*p.shape[:2], -1) for p in stacked.values()]
+    theta = [p.clone() if alpha < math.inf else torch.zeros_like(p) for p in theta0]
+    optimizer = torch.optim.SGD([p.requires_grad_() for p in theta], lr)
+    x = torch.stack([points(run, o)[0] for run in runs]).to(o.device, o.dtype).mT.contiguous()  # (R, d, N)
+    y = label(x.mT)[0][:, None]  # (R, 1, N)
     f0 = forward(theta0, x)  # never changes: computed once
-    theta = [(torch.zeros_like(p) if alpha == math.inf else p.clone()).requires_grad_() for p in theta0]
-    next_level = torch.full((len(runs),), math.inf, device=o.device)
+    marks = set(curve_marks(o.iterations))
+    ahead = {run: list(levels) for run in runs}
+    next_level = torch.full((len(runs),), levels[0], dtype=o.dtype, device=o.device)  # (R,)
     for iteration in range(o.iterations + 1):
         loss = loss_of(centred(theta, theta0, x, alpha, f0), y).mean((1, 2))  # (R,)
-        if iteration in marks:
-            for run, value in zip(runs, loss.tolist()):
-                curves[run].append(value)
-            common.progress(f"alpha={alpha:g} runs {runs[0]} to {runs[-1]}  iteration {iteration}  "
-                            f"loss {loss.mean().item():.4f}", probe=False)
-        if iteration == o.iterations or not (loss > next_level).all():  # also at nan; else the only wait of a GPU
-            stay = []
+        if iteration in marks or (loss <= next_level).any():  # on a GPU the only wait of a step
             for place, (run, value) in enumerate(zip(runs, loss.tolist())):
-                while ahead[run] and value <= ahead[run][0]:
-                    own = [p[place:place + 1].detach() for p in theta], [p[place:place + 1] for p in theta0]
-                    yield run, ahead[run].pop(0), iteration, *own
+                if iteration in marks and ahead[run]:
+                    curves[run].append(value)
                 if not math.isfinite(value):
-                    curves[run].append(math.nan)
-                elif ahead[run]:
-                    stay.append(place)
-            if iteration == o.iterations or not stay:
+                    ahead[run] = []
+                while ahead[run] and value <= ahead[run][0]:
+                    one = slice(place, place + 1)
+                    yield run, ahead[run].pop(0), iteration, [p[one].detach() for p in theta], [p[one] for p in theta0]
+            if not any(ahead.values()):
                 return
-            if len(stay) < len(runs):
-                runs = [runs[place] for place in stay]
-                x, y, f0, theta0 = x[stay], y[stay], f0[stay], [p[stay] for p in theta0]
-                theta = [p.detach()[stay].requires_grad_() for p in theta]
-                loss = loss_of(centred(theta, theta0, x, alpha, f0), y).mean((1, 2))
-            next_level = torch.tensor([ahead[run][0] for run in runs], dtype=o.dtype, device=o.device)
+            next_level = loss.new_tensor([max(ahead[run], default=-math.inf) for run in runs])
+            common.progress(f"alpha={alpha:g} runs {runs[0]} to {runs[-1]}  iteration {iteration}", probe=False)
+        optimizer.zero_grad()
         loss.sum().backward()  # a run's loss depends on its own weights alone
-        with torch.no_grad():
-            for p in theta:
-                p.sub_(p.grad, alpha=lr)
-                p.grad = None
+        optimizer.step()
 
 
 def curve_marks(iterations):
     """The iterations at which the loss curves are kept, about 40 a decade."""
     return np.unique(np.geomspace(1, iterations, 176).round().astype(int)).tolist()
+
+
+def measure(run, alpha, theta, theta0, o):
+    """The test losses of a run's network, {name: number}, and its loss at every point of the grid, (SIDE, SIDE)."""
+    x = points(run, o)[1].to(o.device, o.dtype)
+    y, inside = label(x)
+    f = centred(theta, theta0, x.T[None], alpha)[0, 0]  # (SIDE^2,)
+    loss = loss_of(f, y)
+    values = {"test_loss": loss.mean().item(), "test_acc": (f * y > 0).double().mean().item(),
+              "inside_loss": loss[inside].mean().item(), "outside_loss": loss[~inside].mean().item()}
+    return values, loss.view(SIDE, SIDE)
 
 
 def train_chunk(runs, alpha, o):
@@ -160,22 +146,18 @@ def train_chunk(runs, alpha, o):
     marks, curves = curve_marks(o.iterations), {run: [] for run in runs}
     found = {"runs": np.array(runs), "marks": np.array(marks), "diverged": np.zeros(len(runs), bool),
              "maps": np.full((len(runs), len(MAPS), SIDE, SIDE), np.nan, np.float16),
-             "curves": np.full((len(runs), len(marks)), np.nan, np.float32)}
-    found.update({name: np.full((len(runs), len(LEVELS)), np.nan) for name in MEASURED})
+             "curves": np.full((len(runs), len(marks)), np.nan),
+             **{name: np.full((len(runs), len(LEVELS)), np.nan) for name in MEASURED}}
     for run, level, iteration, theta, theta0 in train(runs, alpha, o, LEVELS, curves):
-        grid = points(run, o)[1].to(o.device, o.dtype)
-        y, inside = label(grid)
-        with torch.no_grad():
-            f = centred(theta, theta0, grid.T[None], alpha)[0, 0]  # (SIDE^2,)
-        loss, row = loss_of(f, y), runs.index(run)
-        values = (iteration, loss.mean(), (f * y > 0).double().mean(), loss[inside].mean(), loss[~inside].mean())
-        for name, value in zip(MEASURED, values):
-            found[name][row, LEVELS.index(level)] = value
+        row, column = runs.index(run), LEVELS.index(level)
+        values, test_loss = measure(run, alpha, theta, theta0, o)
+        for name, value in {"iteration": iteration, **values}.items():
+            found[name][row, column] = value
         if level in MAPS:
-            found["maps"][row, MAPS.index(level)] = loss.view(SIDE, SIDE).cpu()
-    for row, curve in enumerate(curves.values()):
-        found["diverged"][row] = not np.isfinite(curve).all()
-        found["curves"][row, :len(curve)] = curve[:len(marks)]
+            found["maps"][row, MAPS.index(level)] = test_loss.half().cpu()
+    for row, run in enumerate(runs):
+        found["curves"][row, :len(curves[run])] = curves[run]
+        found["diverged"][row] = not np.isfinite(curves[run]).all()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **found)
     path = pathlib.Path(o.out) / f"alpha={alpha:g}" / f"runs={runs[0]}-{runs[-1]}.npz"
@@ -187,45 +169,44 @@ def train_missing(o, args):
     """Train the runs that --out does not hold yet, a chunk at a time. Under torchrun each process takes its share."""
     chunks = []
     for alpha in o.alpha:
-        folder = pathlib.Path(o.out) / f"alpha={alpha:g}"
+        folder, done = pathlib.Path(o.out) / f"alpha={alpha:g}", set()
         common.write_args(folder, args)
-        done = [run for path in folder.glob("runs=*.npz") for run in common.read_npz(path)["runs"].tolist()]
-        missing = [run for run in range(o.runs) if run not in done]
-        chunks += [(missing[first:first + o.chunk], alpha, o) for first in range(0, len(missing), o.chunk)]
+        for path in folder.glob("runs=*.npz"):
+            done.update(common.read_npz(path)["runs"].tolist())
+        for first in range(0, o.runs, o.chunk):
+            missing = [run for run in range(first, min(first + o.chunk, o.runs)) if run not in done]
+            if missing:
+                chunks.append((missing, alpha, o))
     for k, written in enumerate(common.side_by_side(o, train_chunk, common.share_of_rank(chunks), threads=1)):
         common.progress(f"{k + 1} of {len(chunks)}: {written}")
 
 
 def read(out):
-    """All that a folder holds, {alpha: {name: array}}, see train_chunk, runs ascending."""
+    """All that a folder holds, {alpha: {name: array}}, see train_chunk, runs ascending. ValueError: nothing is there,
+    or a file cannot be read."""
     found = {}
-    for folder in sorted(pathlib.Path(out).glob("alpha=*")):
-        files = [common.read_npz(path) for path in sorted(folder.glob("runs=*.npz"))]
-        if not files:
-            continue
-        order = np.argsort(np.concatenate([file["runs"] for file in files]))
-        arrays = {"marks": files[0]["marks"]}
-        for name in ("runs", "maps", "curves", "diverged", *MEASURED):
-            arrays[name] = np.concatenate([file[name] for file in files])[order]
-        found[float(folder.name.removeprefix("alpha="))] = arrays
+    for folder in pathlib.Path(out).glob("alpha=*"):
+        files = [common.read_npz(path) for path in folder.glob("runs=*.npz")]
+        if files:
+            order = np.argsort(np.concatenate([file["runs"] for file in files]))
+            arrays = {"marks": files[0]["marks"]}
+            for name in ("runs", "maps", "curves", "diverged", *MEASURED):
+                arrays[name] = np.concatenate([file[name] for file in files])[order]
+            found[float(folder.name.removeprefix("alpha="))] = arrays
     if not found:
         raise ValueError(f"{out} (--out): there are no records of runs")
     return dict(sorted(found.items()))
-
-
-# What came out, at equal training loss.
 
 
 def readings(found):
     """A row for each run and level that it has reached, as the other scripts' rows."""
     rows = []
     for alpha, arrays in found.items():
-        for row, run in enumerate(arrays["runs"].tolist()):
-            for column, level in enumerate(LEVELS):
-                if np.isfinite(arrays["iteration"][row, column]):
-                    values = {name: float(arrays[name][row, column]) for name in MEASURED}
-                    rows.append({"alpha": alpha, "seed": run, "on": "train_loss", "level": level, **values,
-                                 "gap": values["inside_loss"] - values["outside_loss"]})
+        for place, column in np.argwhere(np.isfinite(arrays["iteration"])):
+            row = {"alpha": alpha, "seed": int(arrays["runs"][place]), "on": "train_loss", "level": LEVELS[column]}
+            for name in MEASURED:
+                row[name] = float(arrays[name][place, column])
+            rows.append({**row, "gap": row["inside_loss"] - row["outside_loss"]})
     return rows
 
 
@@ -237,9 +218,9 @@ def conclude(o, found):
     conclusion = common.verdict(runs, rows, pairs, "train_loss", "gap", "rich networks learn the hard discs last",
                                 o.about)
     print(f"\n{conclusion}")
-    for title, quantity in (("Gap: test loss in the discs minus outside", "gap"),
-                            ("Test loss in the discs (hard)", "inside_loss"), ("Test loss outside", "outside_loss")):
-        common.print_table(title, rows, pairs, "train_loss", quantity)
+    common.print_table("Gap: test loss in the discs minus outside", rows, pairs, "train_loss", "gap")
+    common.print_table("Test loss in the discs (hard)", rows, pairs, "train_loss", "inside_loss")
+    common.print_table("Test loss outside", rows, pairs, "train_loss", "outside_loss")
     print("\nMedian iterations to a training loss, and how many runs reached it")
     print(f"{'alpha':>12}" + "".join(f"{level:>16g}" for level in LEVELS))
     for alpha, arrays in found.items():
@@ -253,48 +234,35 @@ def conclude(o, found):
 
 
 def mean_difference(found, level, rich, lazy):
-    """The mean map of test loss at a level, rich minus lazy, over the runs that reached it under both: (SIDE, SIDE) or
-    None; and how many runs these are."""
-    k, column = MAPS.index(level), LEVELS.index(level)
-    places = {}
-    for alpha in (rich, lazy):
-        reached = np.isfinite(found[alpha]["iteration"][:, column])
-        places[alpha] = {run: row for row, run in enumerate(found[alpha]["runs"].tolist()) if reached[row]}
-    both = [run for run in places[rich] if run in places[lazy]]
-    if not both:
-        return None, 0
-    maps = [found[alpha]["maps"][[places[alpha][run] for run in both], k].astype(float) for alpha in (rich, lazy)]
-    return np.nan_to_num((maps[0] - maps[1]).mean(0)), len(both)
-
-
-# The pictures.
+    """Rich minus lazy: the mean map of test loss over the runs that reached a level under both, and their number."""
+    _, a, b = np.intersect1d(found[rich]["runs"], found[lazy]["runs"], return_indices=True)
+    k = MAPS.index(level)
+    maps = found[rich]["maps"][a, k].astype(float) - found[lazy]["maps"][b, k]  # (runs, SIDE, SIDE)
+    maps = maps[np.isfinite(maps).all((1, 2))]  # nan: not reached
+    return maps.sum(0) / max(len(maps), 1), len(maps)
 
 
 def draw(o, found, rows, pairs):
     """toy.png, the paper's Figure 1: task, training, and where test losses differ at equal training loss."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8.3, 6.2), layout="constrained")
+    figure = Figure(figsize=(8.3, 5.7), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     task, training = top.subplots(1, 2, width_ratios=[1, 1.9])
     axis = torch.linspace(-1, 1, 400)
-    background, _ = label(torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
-    task.imshow(background.numpy(), cmap="RdBu_r", vmin=-4, vmax=4, **PLANE)
+    sides, _ = label(torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
+    task.imshow(sides.numpy(), cmap="RdBu_r", vmin=-4, vmax=4, **PLANE)
     draw_task(task, o)
-    task.set_title("(a) task, one run's data", fontsize=10)
+    task.set_title("(a) task, one run's data")
     draw_training(training, o, found)
     rich, lazy = common.rich_and_lazy(found)
+    bottom.suptitle(f"Test loss at alpha = {rich:g} minus that at {lazy:g}; red: the rich have the larger loss")
     for ax, level, letter in zip(bottom.subplots(1, len(MAPS)), MAPS, "cde"):
-        draw_task(ax, o, size=0)
-        ax.set_title(f"({letter}) at training loss {level:g}", fontsize=10)
         mean, runs = mean_difference(found, level, rich, lazy)
-        ax.set_xlabel(f"mean of {runs} runs")
-        if runs:
-            most = max(abs(mean).max(), 1e-6)
-            image = ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most, **PLANE)
-            bottom.colorbar(image, ax=ax, shrink=.7, ticks=[-most, 0, most], format="%.2f")
-    a, b = common.alpha_label(rich), common.alpha_label(lazy)
-    bottom.suptitle(f"Test loss of {a} minus that of {b}. Red: rich ({a}) has the larger loss, blue: lazy ({b})",
-                    fontsize=10)
+        most = max(abs(mean).max(), 1e-6)
+        image = ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most, **PLANE)
+        bottom.colorbar(image, ax=ax, shrink=.7, ticks=[-most, 0, most], format="%.2f")
+        draw_task(ax, o, size=0)
+        ax.set(title=f"({letter}) training loss {level:g}", xlabel=f"mean of {runs} runs")
     common.save_figure(figure, o.out, "toy")
     common.draw_alphas(o, rows, pairs, "train_loss", "gap", MAPS)
 
@@ -313,26 +281,26 @@ def draw_task(ax, o, size=16):
 
 
 def draw_training(ax, o, found):
-    """Training loss of every run against iterations, where the median run is at LEVELS, and the paper's medians."""
+    """Training loss of every run against iterations, the median run at LEVELS, and the paper's medians."""
+    paper = (o.iterations, o.lr) == (25000, .1)
     for alpha, arrays in found.items():
         style = {**common.look(alpha), "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
         ax.plot(arrays["marks"], arrays["curves"].T, color=style["color"], linewidth=.5, alpha=.25)
-        reached = np.isfinite(arrays["iteration"]).sum(0) * 2 > len(arrays["runs"])
+        reached = np.isfinite(arrays["iteration"]).mean(0) > .5
         ax.plot(np.nanmedian(arrays["iteration"][:, reached], 0), np.array(LEVELS)[reached], **style)
-        if (o.iterations, o.lr) == (25000, .1):
-            for level, iteration in PAPER.get(alpha, {}).items():
-                common.draw_crosses(ax, {alpha: {iteration: level}})
-    ax.set(xscale="log", ylim=(LEVELS[-1] - .02, .72), xlabel="iterations", ylabel=f"training loss ({o.loss})")
-    ax.set_title("(b) training; markers: median run", fontsize=10)
-    ax.legend(loc="lower left")
+        if paper and alpha in PAPER:
+            common.draw_crosses(ax, {alpha: PAPER[alpha]})
+    ax.set(title="(b) training; markers: medians", xlabel="iterations",
+           ylabel=f"training loss ({o.loss})", xscale="log", ylim=(LEVELS[-1] - .02, .72))
+    ax.xaxis.set_major_formatter("{x:g}")  # powers of ten would be too small to read
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), labelspacing=.2, title="×: paper" if paper else None)
 
 
 def animate(o):
     """toy.gif: what run 0 predicts where all but x1, x2 are 0; up to four alphas, at equal training loss."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
-    alphas = o.alpha if len(o.alpha) <= 4 else [*o.alpha[:3], o.alpha[-1]]
-    print("toy.gif: training run 0 once more", flush=True)
+    alphas = sorted({*o.alpha[:3], o.alpha[-1]})
     at = dict(common.side_by_side(o, predictions, [(alpha, o) for alpha in alphas], threads=1))
     levels = [level for level in FRAMES if all(level in at[alpha] for alpha in alphas)]
     if not levels:
@@ -351,22 +319,22 @@ def animate(o):
                 ax.contourf(probability, np.linspace(0, 1, 21), cmap="RdBu_r", vmin=-.3, vmax=1.3, **PLANE)
                 ax.contour(probability, levels=[.5], colors="black", linewidths=1.5, **PLANE)
                 draw_task(ax, o, size=30)
-                title = f"{names.get(alpha, '')}{common.alpha_label(alpha)}\niteration {iteration}"
-                ax.set(xticks=[], yticks=[], title=title)
+                ax.set(xticks=[], yticks=[],
+                       title=f"{names.get(alpha, '')}{common.alpha_label(alpha)}\niteration {iteration}")
             writer.grab_frame()
-            common.progress(f"toy.gif: frame at training loss {level:.2f}", probe=level == levels[-1])
-    os.replace(part, part.with_name("toy.gif"))
+        common.progress(f"toy.gif: {len(levels)} frames are drawn, to training loss {levels[-1]:.2f}")
+    part.replace(part.with_name("toy.gif"))
 
 
 def predictions(alpha, o):
     """Train run 0, for twenty times --iterations, so that lazy networks come to the last frame, too. Returns alpha and
     {level: (iteration, probability of label +1 (SIDE, SIDE))}."""
-    o = argparse.Namespace(**{**vars(o), "iterations": 20 * o.iterations})
+    common.progress(f"toy.gif: training run 0 once more, at alpha = {alpha:g}")
+    longer = argparse.Namespace(**{**vars(o), "iterations": 20 * o.iterations})
     grid, found = points(0, o)[1].to(o.device, o.dtype), {}
     grid[:, 2:] = 0
-    for _, level, iteration, theta, theta0 in train([0], alpha, o, FRAMES, {0: []}):
-        with torch.no_grad():
-            f = centred(theta, theta0, grid.T[None], alpha)
+    for _, level, iteration, theta, theta0 in train([0], alpha, longer, FRAMES, {0: []}):
+        f = centred(theta, theta0, grid.T[None], alpha)
         found[level] = iteration, torch.sigmoid(f).view(SIDE, SIDE).cpu().numpy()
     return alpha, found
 
@@ -376,25 +344,27 @@ def main(*words, **options):
     quick=True). Returns the summary; raises ValueError or OSError for bad input."""
     parser, count = common.parser(__file__, __doc__), common.number(int, at_least=1)
     parser.set_defaults(lr=.1, width=60)
-    parser.add_argument("--runs", type=count, default=100, metavar="N", help="networks an alpha, each with its data")
-    parser.add_argument("--chunk", type=count, default=25, metavar="N", help="runs trained as one; more on a GPU")
-    parser.add_argument("--iterations", type=count, default=25000, metavar="N", help="at most so many steps")
-    parser.add_argument("--extra-dims", type=common.number(int, at_least=0), default=5, metavar="N",
-                        help="inputs that mean nothing")
-    parser.add_argument("--animate", action=argparse.BooleanOptionalAction, default=False,
-                        help="also write toy.gif: what run 0 predicts as it learns")
+    add = parser.add_argument
+    add("--runs", type=count, default=100, metavar="N", help="networks an alpha, each with its data")
+    add("--chunk", type=count, default=25, metavar="N", help="runs trained as one; more on a GPU")
+    add("--iterations", type=count, default=25000, metavar="N", help="at most so many steps")
+    add("--extra-dims", type=common.number(int, at_least=0), default=5, metavar="N", help="inputs that mean nothing")
+    add("--animate", action=argparse.BooleanOptionalAction, default=False, help="also toy.gif: what run 0 predicts")
     o = common.parse(parser, QUICK, words, options)
     if o.draw_only and o.animate:
         raise ValueError("--animate trains a network, --draw-only trains nothing: choose one")
-    o.loss, o.about, o.data_crc32 = "softplus", "MLP, softplus", common.crc32(x.numpy() for x in points(0, o))
+    o.loss, o.about = "softplus", "MLP, softplus"
     if not o.draw_only:
+        o.data_crc32 = common.crc32(x.numpy() for x in points(0, o))
         args = {**common.identity(o), "network": "MLP"}
-        common.check_out(o, args)
+        for other in common.check_out(o, args):
+            print(f"warning: {o.out}/{other} is by another text of toy.py")
         train_missing(o, args)
     found = read(o.out)
     if not o.draw_only and any(alpha not in found or len(found[alpha]["runs"]) < o.runs for alpha in o.alpha):
         return {}  # another process of torchrun is still at work, and will draw
     args = common.read_args(pathlib.Path(o.out) / f"alpha={min(found):g}")
+    common.check_out(o, args)  # no figure of runs that differ in more than alpha
     o.extra_dims, o.iterations, o.lr = args["extra_dims"], args["iterations"], args["lr"]
     rows, pairs, conclusion = conclude(o, found)
     draw(o, found, rows, pairs)
