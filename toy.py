@@ -157,8 +157,8 @@ def train_chunk(runs, alpha, o):
             values = (iteration, loss.mean(), (f * y > 0).double().mean(), loss[inside].mean(), loss[~inside].mean())
             for name, value in zip(MEASURED, values):
                 found[name][row, LEVELS.index(level)] = value
-            if level in MAPS:  # in steps of .05, for half the size; the mean of 100 runs is within .005
-                found["maps"][row, MAPS.index(level)] = (20 * loss).round().view(SIDE, SIDE) / 20
+            if level in MAPS:  # in steps of 1/32, for half the size; the mean of 100 runs is within .005
+                found["maps"][row, MAPS.index(level)] = (32 * loss).round().view(SIDE, SIDE) / 32
     found["diverged"] = np.isnan(found["iteration"][:, -1]) & ~(losses <= 2 * math.log(2))  # the first loss: log 2
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **found)
@@ -247,7 +247,7 @@ def mean_difference(found, level, rich, lazy):
 def draw(o, found, rows, pairs):
     """toy.png, the paper's Figure 1: task, training, and where test losses differ at equal training loss."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8.3, 6.2), layout="constrained")
+    figure = Figure(figsize=(8.3, 5.8), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     task, training = top.subplots(1, 2, width_ratios=[1, 1.9])
     axis = torch.linspace(-1, 1, 400)
