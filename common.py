@@ -1110,12 +1110,14 @@ def compare(folder, args):
 
 
 def write_args(folder, args):
+    """Make the folder of a run, and its args.json if it has none."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "args.json").exists():
         write_atomically(folder / "args.json", json_line(args))
 
 
 def read_args(folder):
+    """A folder's args.json as a dict. ValueError: it is missing or damaged."""
     try:
         args = json.loads((folder / "args.json").read_text())
         return {**args.pop("run", {}), **args}  # earlier versions nested what is compared

@@ -10,6 +10,13 @@ behind on hard ones than the lazy network (alpha = 100).
 The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well networks trained without it predict its
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
+
+--quick took 237 seconds on two busy CPU cores (AMD EPYC, 2026-11-27), about a quarter of that on idle ones, an epoch of
+40,000 images 90 to 120 on one; not timed on a GPU. It prints, and then the tables,
+
+    The claim that rich networks lag more on hard deciles holds in these runs: gap at alpha = 1 minus that at alpha =
+    100 is +0.126 [0.003, 0.249] at mean_train_loss 1.61 and +0.187 [0.030, 0.343] at mean_train_loss 1.49 (n = 3;
+    ResNet18, cross_entropy).
 """
 import os
 import pathlib
@@ -192,7 +199,7 @@ def draw(o, rows, pairs):
     similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "mean_train_loss", "linearisation_error")
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    if rows:
+    if error.lines:
         error.legend()
     common.save_figure(figure, o.out, "cscore")
     common.draw_alphas(o, rows, pairs, "mean_train_loss", "gap")

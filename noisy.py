@@ -7,6 +7,13 @@
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above. Part of that is better
 generalisation, so held-out images with wrong labels, which no network has seen, are watched as a control.
+
+--quick took 157 seconds on two busy CPU cores (AMD EPYC, 2026-11-27), about a third of that on idle ones, an epoch of
+40,000 images 90 to 120 on one; not timed on a GPU. It prints, and then the tables,
+
+    The claim that rich networks learn wrong labels later holds in these runs: noisy_loss at alpha = 1 minus that at
+    alpha = 100 is +0.247 [0.196, 0.298] at clean_loss 1.61 and +0.353 [0.267, 0.439] at clean_loss 1.49 (n = 3;
+    ResNet18, cross_entropy).
 """
 import numpy as np
 import torch
@@ -121,7 +128,7 @@ def draw(o, rows, pairs):
     similarity.set_title("(c) similarity to initialisation")
     common.draw(error, rows, "clean_loss", "linearisation_error")
     error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    if rows:
+    if error.lines:
         error.legend()
     common.save_figure(figure, o.out, "noisy")
     common.draw_alphas(o, rows, pairs, "clean_loss", "noisy_loss")

@@ -127,10 +127,10 @@ def bench_probe():
 def bench_toy(chunk=25, iterations=200):
     """Training of the toy experiment, per run and iteration: as one against a plain network alone."""
     options = common.parse(common.parser(toy.__file__, toy.__doc__), {}, [], {"device": "cpu"})
-    options.extra_dims, options.iterations = 5, iterations
+    options.extra_dims = 5
 
     def as_one():
-        list(toy.train(range(chunk), 1.0, options, [0.0], {run: [] for run in range(chunk)}))
+        list(toy.train(range(chunk), 1.0, options, [0.0], iterations))
 
     def alone():
         f = common.center(toy.network(0, options), 1.0)
@@ -138,7 +138,7 @@ def bench_toy(chunk=25, iterations=200):
         x = toy.points(0, options)[0].float()
         y = toy.label(x)[0]
         for _ in range(iterations):
-            loss = toy.loss_of(f(x)[:, 0], y).mean()
+            loss = toy.loss_of(-y * f(x)[:, 0]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

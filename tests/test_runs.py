@@ -349,17 +349,6 @@ def test_two_writers_leave_whole_records(tiny, tmp_path):
     assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
 
 
-@pytest.mark.parametrize("folder, script", [("noisy_5k", "noisy"), ("cscore", "cscore"), ("dominoes", "spurious")])
-def test_records_of_earlier_versions_stay_readable(folder, script, tmp_path):
-    shutil.copytree(ROOT / "figures" / folder, tmp_path / folder)
-    for path in (tmp_path / folder).glob("alpha=*/args.json"):  # as they were written before: nested, with more keys
-        args = json.loads(path.read_text())
-        run = {key: args.pop(key) for key in ("script", "lr", "width", "data_crc32", "dtype")}
-        path.write_text(json.dumps({"folder": path.parent.name, "run": {**run, "theta0_crc32": hash(path)}, **args}))
-    again = __import__(script).main(out=str(tmp_path / folder), draw_only=True)
-    assert again["conclusion"] == json.loads((ROOT / "figures" / folder / "summary.json").read_text())["conclusion"]
-
-
 # --- options ---
 
 
