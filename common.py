@@ -177,6 +177,9 @@ def check_deterministic(model, x=None):
     other examples of the batch, or on how often it has been called, or is no tensor of real numbers.
 
     By its layers: batch norm, dropout and stochastic depth in training mode. By value, given x (N, ...): f(x) twice."""
+    if nn.utils.parametrize._cache_enabled:
+        raise ValueError("inside torch.nn.utils.parametrize.cached() a network shares its cache with its copy at "
+                         "theta0, and f^a is wrong: leave it out")
     for name, m in model.named_modules():
         kind, bad = type(m).__name__, False
         if isinstance(m, nn.modules.batchnorm._BatchNorm):

@@ -115,7 +115,8 @@ def bench_probe():
     f0, linearity = common.outputs(f.model0, x), common.Linearity(f, x[:100])
     t_step, t_group, t_linearity = seconds(step_of(common.resnet18(10), 1.0, x[:125], y[:125]),
                                            lambda: common.outputs(f, x, f0), linearity, repeats=3)
-    print(f"\nprobe: {t_group:.2f} s a group of 1,000, {t_linearity:.2f} s the linearity measures, {t_step:.3f} s a step")
+    print(f"\nprobe: {t_group:.2f} s a group of 1,000, {t_linearity:.2f} s the linearity measures, {t_step:.3f} s a "
+          "step")
     for examples, epochs in ((40000, 11), (40000, 200), (4068, 12)):
         total = epochs * (examples // 125)
         probes = len(common.schedule(examples // 125, total))
@@ -127,10 +128,10 @@ def bench_probe():
 def bench_toy(chunk=25, iterations=200):
     """Training of the toy experiment, per run and iteration: as one against a plain network alone."""
     options = common.parse(common.parser(toy.__file__, toy.__doc__), {}, [], {"device": "cpu"})
-    options.extra_dims = 5
+    options.extra_dims, options.iterations = 5, iterations
 
     def as_one():
-        list(toy.train(range(chunk), 1.0, options, [0.0], iterations))
+        list(toy.train(range(chunk), 1.0, options, [0.0], {run: [] for run in range(chunk)}))
 
     def alone():
         f = common.center(toy.network(0, options), 1.0)
@@ -138,7 +139,7 @@ def bench_toy(chunk=25, iterations=200):
         x = toy.points(0, options)[0].float()
         y = toy.label(x)[0]
         for _ in range(iterations):
-            loss = toy.loss_of(-y * f(x)[:, 0]).mean()
+            loss = toy.loss_of(f(x)[:, 0], y).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -420,7 +420,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Mixed, Table, lambda: Embedded(sparse=True), lambda: Embedded(max_norm=.5),
-                                  lambda: nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(6, 2).bfloat16().float())])
+                                  lambda: nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(6, 2))])
 def test_whatever_plain_sgd_trains(make):
     """The same steps as torch.optim.SGD at lr / alpha^2, with momentum, on the objective written out."""
     torch.manual_seed(0)
@@ -464,3 +464,12 @@ def test_the_derivative_is_the_one_that_autograd_sees(how):
     f = with_delta(model)
     expected = jacobian(model, x).flatten(0, 1) @ torch.cat([delta.flatten() for delta in f.delta])
     torch.testing.assert_close(f(x).flatten(), expected)
+
+
+@pytest.mark.parametrize("alpha", [2, math.inf])
+def test_a_cache_that_the_network_shares_with_its_copy_is_refused(alpha):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 2))
+    f, x = common.center(model, alpha), torch.randn(3, 5)
+    assert not f(x).any()
+    with nn.utils.parametrize.cached(), pytest.raises(ValueError, match="cached"):
+        f(x)

@@ -3,7 +3,6 @@ import argparse
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -41,55 +40,54 @@ def whole(tmp_path_factory):
 
 
 def assert_same(one, other):
-    """Two folders hold the same, up to rounding; a map may be a step of 1/32 off."""
     one, other = toy.read(one), toy.read(other)
-    assert one.keys() == other.keys()
-    for alpha in one:
+    for alpha in one | other:
         for name, array in one[alpha].items():
-            np.testing.assert_allclose(array, other[alpha][name], rtol=1e-6, atol=.04 * (name == "maps"), err_msg=name)
+            np.testing.assert_allclose(array, other[alpha][name], rtol=1e-2 if name == "maps" else 1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("alpha", [.5, 1.0, 100.0, math.inf])
 def test_training_as_one_equals_plain_loops(alpha):
-    """Three runs at once against each alone: nn.Sequential, common.center, common.scaled_sgd. Losses, the first
-    iteration at or below each level, and the outputs there."""
-    o, levels, found, losses_at = options(), [.69, .68, .65, .62, .4], {}, {}
-    for iteration, losses, passed, outputs in toy.train([0, 1, 2], alpha, o, levels, o.iterations):
-        losses_at[iteration] = losses
-        for run, level in passed:
-            found[run, level] = iteration, outputs(run, toy.points(run, o)[1])
-    assert len(found) >= 9 and losses_at.keys() >= {mark for mark in toy.curve_marks(300) if mark <= iteration}
+    """Three runs at once against each alone: nn.Sequential, common.center, common.scaled_sgd. The rich ones reach the
+    last level at different times: what is kept of a run ends there."""
+    o, levels, found, curves = options(), [.69, .68, .65, .62, .4], {}, {run: [] for run in range(3)}
+    for run, level, iteration, theta, _ in toy.train([0, 1, 2], alpha, o, levels, curves):
+        found[run, level] = iteration, [p.clone() for p in theta]
+    assert len(found) >= 9 and (alpha > 5 or len({len(curve) for curve in curves.values()}) == 3)
     for run in range(3):
         f, optimizer, x, y = plain_run(run, alpha, o)
-        to_come = list(levels)
-        for iteration in range(max(losses_at) + 1):
+        losses, crossed = [], []
+        for iteration in range(o.iterations + 1):
             loss = F.binary_cross_entropy_with_logits(f(x), (y > 0).double())
-            if iteration in losses_at:
-                assert losses_at[iteration][run] == pytest.approx(loss.item(), rel=1e-9)
-            while to_come and loss.item() <= to_come[0]:
-                at, outputs = found.pop((run, to_come.pop(0)))
-                assert at == iteration
-                torch.testing.assert_close(outputs, f(toy.points(run, o)[1])[:, 0], rtol=1e-9, atol=1e-12)
+            losses.append(loss.item())
+            for level in levels:
+                if loss.item() <= level and level not in crossed:
+                    crossed.append(level)
+                    at, theta = found[run, level]
+                    assert at == iteration
+                    for own, plain in zip(theta, optimizer.param_groups[0]["params"], strict=True):
+                        torch.testing.assert_close(own.view_as(plain), plain, rtol=1e-9, atol=1e-12)
+            if len(crossed) == len(levels):
+                break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert not found  # no run passed a level that it does not pass alone
+        marks = [mark for mark in toy.curve_marks(o.iterations) if mark < len(losses)]
+        np.testing.assert_allclose(curves[run], [losses[mark] for mark in marks], rtol=1e-9)
 
 
 def test_linear_limit_is_kernel_gradient_descent():
     """Independent of the tangent's code: in function space f <- f - lr K dL/df with the NTK at theta0."""
-    o, found = options(), {}
-    for iteration, losses, passed, _ in toy.train([0, 1], math.inf, o, [.1], 120):
-        found[iteration] = losses
-    assert not passed and max(found) == 120
+    o, curves = options(iterations=120), {0: [], 1: []}
+    assert not list(toy.train([0, 1], math.inf, o, [.1], curves))
     for run in (0, 1):
         _, _, x, y = plain_run(run, 1, o)
         K = common.empirical_ntk(toy.network(run, o), x)[:, 0, :, 0].detach()
-        f = torch.zeros_like(y)
-        for iteration in range(121):
-            if iteration in found:
-                assert found[iteration][run] == pytest.approx(F.softplus(-y * f).mean().item(), rel=1e-9)
+        f, losses = torch.zeros_like(y), []
+        for _ in range(o.iterations + 1):
+            losses.append(toy.loss_of(f, y).mean().item())
             f = f - o.lr * K @ (-y * torch.sigmoid(-y * f) / len(y))
+        np.testing.assert_allclose(curves[run], np.array(losses)[toy.curve_marks(o.iterations)], rtol=1e-9)
 
 
 def test_labels_and_grid():
@@ -106,55 +104,60 @@ def test_labels_and_grid():
 
 def test_what_is_kept_is_of_the_crossing_network(whole):
     """Every number of run 3 at alpha = 5, from a plain loop; and the summary's rows and picture."""
-    o = options(lr=1.0)
-    f, optimizer, x, y = plain_run(3, 5, o)
-    grid = toy.points(3, o)[1]
+    f, optimizer, x, y = plain_run(3, 5, options(lr=1.0))
+    grid = toy.points(3, options())[1]
     wanted, inside = toy.label(grid)
     levels, kept, row = [.6, .5, .4, .3, .2, .1], toy.read(whole)[5.0], 3
     for iteration in range(301):
         loss = F.softplus(-y * f(x)).mean()
         while levels and loss <= levels[0]:
-            column, predicted = toy.LEVELS.index(levels.pop(0)), f(grid)[:, 0].detach()
-            test, correct = F.softplus(-wanted * predicted), ((predicted > 0) == (wanted > 0)).double()
-            values = {"iteration": iteration, "test_loss": test.mean(), "test_acc": correct.mean(),
-                      "inside_loss": test[inside].mean(), "outside_loss": test[~inside].mean()}
-            for name, value in values.items():
-                assert kept[name][row, column] == pytest.approx(value)
+            column = toy.LEVELS.index(levels.pop(0))
+            f_grid = f(grid)[:, 0].detach()
+            test = F.softplus(-wanted * f_grid)
+            accuracy = ((f_grid > 0) == (wanted > 0)).double().mean()
+            for name, value in (("iteration", iteration), ("test_loss", test.mean()), ("test_acc", accuracy),
+                                ("inside_loss", test[inside].mean()), ("outside_loss", test[~inside].mean())):
+                assert kept[name][row, column] == pytest.approx(float(value))
             if toy.LEVELS[column] in toy.MAPS:
                 kept_map = kept["maps"][row, toy.MAPS.index(toy.LEVELS[column])]
-                np.testing.assert_allclose(kept_map, test.view(60, 60), atol=1 / 64 + 1e-6)  # steps of 1/32
+                np.testing.assert_allclose(kept_map, test.view(60, 60), rtol=2e-3, atol=1e-3)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert len(levels) < 6 and np.isnan(kept["iteration"][row, 6 - len(levels):]).all()  # not reached: absent
     summary = json.loads((whole / "summary.json").read_text())
-    rows = [r for r in summary["readings"] if r["seed"] == 3 and r["alpha"] == 5]
-    assert len(rows) == 6 - len(levels) and rows[0]["on"] == "train_loss"
+    rows = common.where(summary["readings"], seed=3, alpha=5, on="train_loss")
+    assert len(rows) == 6 - len(levels) and (whole / "toy.png").stat().st_size > 10000 and (whole / "toy.pdf").exists()
     assert rows[0]["gap"] == pytest.approx(rows[0]["inside_loss"] - rows[0]["outside_loss"], abs=1e-5)
-    assert (whole / "toy.png").stat().st_size > 10000 and (whole / "toy.pdf").exists()
-    assert [summary["options"][key] for key in ("script", "network", "loss")] == ["toy", "MLP", "softplus"]
 
 
 def test_maps_are_means_over_the_runs_that_reached_both(whole):
-    found = toy.read(whole)
-    mean, runs = toy.mean_difference(found, .5, 1.0, 5.0)
-    column = toy.LEVELS.index(.5)
+    found, column = toy.read(whole), toy.LEVELS.index(.3)
+    mean, runs = toy.mean_difference(found, .3, 1.0, 5.0)
     both = np.isfinite(found[1.0]["iteration"][:, column]) & np.isfinite(found[5.0]["iteration"][:, column])
-    expected = (found[1.0]["maps"][both, 0].astype(float) - found[5.0]["maps"][both, 0]).mean(0)
-    assert runs == both.sum() > 0
-    np.testing.assert_allclose(mean, expected)
+    np.testing.assert_allclose(mean, (found[1.0]["maps"][both, 2].astype(float) - found[5.0]["maps"][both, 2]).mean(0))
+    assert 0 < runs == both.sum() < 5
 
 
-def test_a_run_that_diverges_is_reported(tmp_path):
-    summary = toy.main(**{**TINY, "alpha": [1], "lr": 1e30, "runs": 2}, out=str(tmp_path))
-    assert summary["diverged"] == ["alpha=1 run 0", "alpha=1 run 1"] and summary["readings"] == []
+def test_a_run_that_diverges_is_reported_and_leaves_the_others_alone(whole, tmp_path, monkeypatch):
+    network, others = toy.network, [0, 2, 3, 4]
+
+    def wild(run, o):
+        made = network(run, o)
+        made[0].weight.data.mul_(1e300 if run == 1 else 1)
+        return made
+
+    monkeypatch.setattr(toy, "network", wild)
+    summary = toy.main(**{**TINY, "alpha": [5]}, out=str(tmp_path))
+    assert summary["diverged"] == ["alpha=5 run 1"] and {row["seed"] for row in summary["readings"]} <= set(others)
+    kept, healthy = toy.read(tmp_path)[5.0], toy.read(whole)[5.0]
+    for name in ("curves", "test_loss", "maps"):
+        np.testing.assert_allclose(kept[name][others], healthy[name][others], rtol=1e-6)
 
 
 def test_many_alphas_draw_the_effect_against_alpha(tmp_path, capsys):
     toy.main(**{**TINY, "alpha": [.5, 1, 5, "inf"], "runs": 3, "width": 20, "lr": .8}, out=str(tmp_path))
-    printed, iterations = capsys.readouterr().out, toy.read(tmp_path)[1.0]["iteration"]
-    assert (tmp_path / "toy_alphas.png").exists() and "At train_loss 0.5" in printed
-    assert f"{np.median(iterations[:, 0]):.0f} (3/3)" in printed.split("Median")[1]
+    assert (tmp_path / "toy_alphas.png").exists() and "At train_loss 0.5" in capsys.readouterr().out
     toy.main(out=str(tmp_path), draw_only=True)  # as the runs that are there were
 
 
@@ -165,9 +168,6 @@ def test_quick_shows_the_effect_and_the_animation(tmp_path):
     assert (tmp_path / "toy.gif").stat().st_size > 50000 and not list(tmp_path.glob("*.part*"))
 
 
-# Resuming and refusals
-
-
 def test_chunks_jobs_and_the_order_of_runs_do_not_matter(whole, tmp_path):
     toy.main(**{**TINY, "chunk": 5, "jobs": 2}, out=str(tmp_path / "one"))
     assert_same(whole, tmp_path / "one")
@@ -175,20 +175,21 @@ def test_chunks_jobs_and_the_order_of_runs_do_not_matter(whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("runs=*.npz")}
     toy.main(**TINY, out=str(tmp_path / "two"))  # more alphas and runs extend it; what is there is not trained again
     assert_same(whole, tmp_path / "two")
-    assert len(before) == 2 and all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())
+    names = sorted(path.stem for path in (tmp_path / "two" / "alpha=5").glob("*.npz"))
+    assert len(before) == 2 and names == ["runs=0-1", "runs=2-2", "runs=3-3", "runs=4-4"]  # chunks by the runs' numbers
+    assert all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())
 
 
 def test_killed_run_continues(whole, tmp_path):
-    words = [word for key, value in {**TINY, "out": tmp_path, "jobs": 1}.items() for word in
-             [f"--{key}", *map(str, value if isinstance(value, list) else [value])]]
+    words = ("--alpha 1 5 --runs 5 --chunk 2 --width 12 --lr 1 --iterations 300 --dtype float64 --device cpu --jobs 1 "
+             f"--out {tmp_path}").split()  # TINY
     process = subprocess.Popen([sys.executable, str(ROOT / "toy.py"), *words], stdout=subprocess.DEVNULL)
     while not list(tmp_path.rglob("runs=2-3.npz")) and process.poll() is None:
         time.sleep(.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     toy.main(**TINY, out=str(tmp_path))
     assert_same(whole, tmp_path)
-    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("option, value", [("lr", .4), ("width", 9), ("iterations", 200), ("dtype", "float32")])
@@ -206,14 +207,14 @@ def test_bad_input_is_refused_in_a_line(tmp_path, bad, says):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_read_is_named(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")
-    path = tmp_path / "out" / "alpha=1" / "runs=0-1.npz"
-    shutil.copy(path, path.with_name("runs=0-2.npz"))
-    assert_same(whole, tmp_path / "out")  # two terminals wrote the same runs: each counts once
-    np.savez(path, runs=[0, 1])
-    with pytest.raises(ValueError, match="alpha=1/runs=0-1.npz holds no runs"):
-        toy.main(**TINY, out=str(tmp_path / "out"))
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="alpha=1/runs=0-1.npz: not a readable"):
-        toy.main(draw_only=True, out=str(tmp_path / "out"))
+def test_what_cannot_be_drawn_is_named(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    args, file = tmp_path / "alpha=5" / "args.json", tmp_path / "alpha=1" / "runs=0-1.npz"
+    args.write_text(args.read_text().replace('"lr": 1.0', '"lr": 3.0'))  # no figure of runs of different options
+    with pytest.raises(ValueError, match="alpha=5 holds a run with lr = 3.0"):
+        toy.main(out=str(tmp_path), draw_only=True)
+    args.write_text(args.read_text().replace('"lr": 3.0', '"lr": 1.0'))
+    file.write_bytes(file.read_bytes()[:-40])
+    for more in (TINY, dict(draw_only=True)):
+        with pytest.raises(ValueError, match="runs=0-1.npz: not a readable"):
+            toy.main(**more, out=str(tmp_path))
