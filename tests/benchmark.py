@@ -139,7 +139,7 @@ def bench_toy(chunk=25, iterations=200):
         x = toy.points(0, options)[0].float()
         y = toy.label(x)[0]
         for _ in range(iterations):
-            loss = toy.loss_of(f(x)[:, 0], y).mean()
+            loss = toy.loss_of(-y * f(x)[:, 0]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -43,37 +43,35 @@ def assert_same(one, other):
     one, other = toy.read(one), toy.read(other)
     for alpha in one | other:
         for name, array in one[alpha].items():
-            np.testing.assert_allclose(array, other[alpha][name], rtol=1e-2 if name == "maps" else 1e-6, err_msg=name)
+            np.testing.assert_allclose(array, other[alpha][name], rtol=1e-6, atol=.04 * (name == "maps"), err_msg=name)
 
 
 @pytest.mark.parametrize("alpha", [.5, 1.0, 100.0, math.inf])
 def test_training_as_one_equals_plain_loops(alpha):
-    """Three runs at once against each alone: nn.Sequential, common.center, common.scaled_sgd. The rich ones reach the
-    last level at different times: what is kept of a run ends there."""
+    """Three runs at once against each alone, by common.center and common.scaled_sgd. A run ends at its last level."""
     o, levels, found, curves = options(), [.69, .68, .65, .62, .4], {}, {run: [] for run in range(3)}
     for run, level, iteration, theta, _ in toy.train([0, 1, 2], alpha, o, levels, curves):
         found[run, level] = iteration, [p.clone() for p in theta]
     assert len(found) >= 9 and (alpha > 5 or len({len(curve) for curve in curves.values()}) == 3)
     for run in range(3):
         f, optimizer, x, y = plain_run(run, alpha, o)
-        losses, crossed = [], []
+        losses, to_come = [], list(levels)
         for iteration in range(o.iterations + 1):
             loss = F.binary_cross_entropy_with_logits(f(x), (y > 0).double())
             losses.append(loss.item())
-            for level in levels:
-                if loss.item() <= level and level not in crossed:
-                    crossed.append(level)
-                    at, theta = found[run, level]
-                    assert at == iteration
-                    for own, plain in zip(theta, optimizer.param_groups[0]["params"], strict=True):
-                        torch.testing.assert_close(own.view_as(plain), plain, rtol=1e-9, atol=1e-12)
-            if len(crossed) == len(levels):
+            while to_come and loss.item() <= to_come[0]:
+                at, theta = found.pop((run, to_come.pop(0)))
+                assert at == iteration
+                for own, plain in zip(theta, optimizer.param_groups[0]["params"], strict=True):
+                    torch.testing.assert_close(own.view_as(plain), plain, rtol=1e-9, atol=1e-12)
+            if not to_come:
                 break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         marks = [mark for mark in toy.curve_marks(o.iterations) if mark < len(losses)]
         np.testing.assert_allclose(curves[run], [losses[mark] for mark in marks], rtol=1e-9)
+    assert not found  # alone, each passes the same levels
 
 
 def test_linear_limit_is_kernel_gradient_descent():
@@ -85,7 +83,7 @@ def test_linear_limit_is_kernel_gradient_descent():
         K = common.empirical_ntk(toy.network(run, o), x)[:, 0, :, 0].detach()
         f, losses = torch.zeros_like(y), []
         for _ in range(o.iterations + 1):
-            losses.append(toy.loss_of(f, y).mean().item())
+            losses.append(toy.loss_of(-y * f).mean().item())
             f = f - o.lr * K @ (-y * torch.sigmoid(-y * f) / len(y))
         np.testing.assert_allclose(curves[run], np.array(losses)[toy.curve_marks(o.iterations)], rtol=1e-9)
 
@@ -120,7 +118,7 @@ def test_what_is_kept_is_of_the_crossing_network(whole):
                 assert kept[name][row, column] == pytest.approx(float(value))
             if toy.LEVELS[column] in toy.MAPS:
                 kept_map = kept["maps"][row, toy.MAPS.index(toy.LEVELS[column])]
-                np.testing.assert_allclose(kept_map, test.view(60, 60), rtol=2e-3, atol=1e-3)
+                np.testing.assert_allclose(kept_map, test.view(60, 60), atol=1 / 64 + 1e-6)  # steps of 1/32
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -140,19 +138,18 @@ def test_maps_are_means_over_the_runs_that_reached_both(whole):
 
 
 def test_a_run_that_diverges_is_reported_and_leaves_the_others_alone(whole, tmp_path, monkeypatch):
-    network, others = toy.network, [0, 2, 3, 4]
-
     def wild(run, o):
         made = network(run, o)
         made[0].weight.data.mul_(1e300 if run == 1 else 1)
         return made
 
+    network, others = toy.network, [0, 2, 3, 4]
     monkeypatch.setattr(toy, "network", wild)
+    monkeypatch.setattr(toy, "curve_marks", lambda iterations: [iterations])  # seen where another run passes a level
     summary = toy.main(**{**TINY, "alpha": [5]}, out=str(tmp_path))
     assert summary["diverged"] == ["alpha=5 run 1"] and {row["seed"] for row in summary["readings"]} <= set(others)
-    kept, healthy = toy.read(tmp_path)[5.0], toy.read(whole)[5.0]
-    for name in ("curves", "test_loss", "maps"):
-        np.testing.assert_allclose(kept[name][others], healthy[name][others], rtol=1e-6)
+    kept, healthy = toy.read(tmp_path)[5.0]["test_loss"], toy.read(whole)[5.0]["test_loss"]
+    np.testing.assert_allclose(kept[others], healthy[others], rtol=1e-6)
 
 
 def test_many_alphas_draw_the_effect_against_alpha(tmp_path, capsys):
@@ -213,8 +210,11 @@ def test_what_cannot_be_drawn_is_named(whole, tmp_path):
     args.write_text(args.read_text().replace('"lr": 1.0', '"lr": 3.0'))  # no figure of runs of different options
     with pytest.raises(ValueError, match="alpha=5 holds a run with lr = 3.0"):
         toy.main(out=str(tmp_path), draw_only=True)
-    args.write_text(args.read_text().replace('"lr": 3.0', '"lr": 1.0'))
+    shutil.copy(file, file.with_name("runs=0-0.npz"))  # two terminals wrote the same runs: each counts once
+    assert_same(whole, tmp_path)
+    np.savez(file, runs=[0, 1])
+    with pytest.raises(ValueError, match="runs=0-1.npz does not hold what"):
+        toy.main(out=str(tmp_path), draw_only=True)
     file.write_bytes(file.read_bytes()[:-40])
-    for more in (TINY, dict(draw_only=True)):
-        with pytest.raises(ValueError, match="runs=0-1.npz: not a readable"):
-            toy.main(**more, out=str(tmp_path))
+    with pytest.raises(ValueError, match="runs=0-1.npz: not a readable"):
+        toy.main(out=str(tmp_path), draw_only=True)
