@@ -850,6 +850,11 @@ def outputs(f, x, f0=None, block=500):
     return torch.cat([f(part, part0) for part, part0 in zip(x.split(block), f0.split(block))])
 
 
+def accuracy(f, y):
+    """Share of outputs f (N, C) whose largest is at the label y (N,). A float."""
+    return (f.argmax(1) == y).double().mean().item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6  A run: minibatches, probes, checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1451,15 +1456,20 @@ def draw_differences(ax, pairs, on, quantity):
     to_the_right(ax, on)
 
 
-def draw_similarities(ax, rows, on):
-    """The similarities to initialisation, on [0, 1]: signs of ReLUs, representation (R^T R), tangent kernel."""
+def draw_linearity(similarity, error, rows, on):
+    """Panels (c) and (d): the similarities to initialisation, of ReLUs' signs, representation (R^T R) and tangent
+    kernel, on [0, 1]; and the distance of f^a from its linearisation, as a share of |f^a|."""
     handles = []
     for key, linestyle, name in (("sign_similarity", "-", "ReLU signs"), ("repr_alignment", "--", "representation"),
                                  ("ntk_alignment", ":", "tangent kernel")):
-        draw(ax, rows, on, key, linestyle)
-        handles += ax.plot([], [], color="#777777", linestyle=linestyle, label=name)
-    ax.set(ylim=(0, 1.05))
-    ax.legend(handles=handles)
+        draw(similarity, rows, on, key, linestyle)
+        handles += similarity.plot([], [], color="#777777", linestyle=linestyle, label=name)
+    similarity.set(ylim=(0, 1.05), title="(c) similarity to initialisation")
+    similarity.legend(handles=handles)
+    draw(error, rows, on, "linearisation_error")
+    error.set(ylim=(0, None), title="(d) distance from the linearisation")
+    if error.lines:
+        error.legend()
 
 
 def draw_crosses(ax, points):
@@ -1468,52 +1478,33 @@ def draw_crosses(ax, points):
         ax.plot(list(values), list(values.values()), "x", color=look(alpha)["color"], markersize=8, markeredgewidth=1.5)
 
 
-def draw_alphas(o, rows, pairs, on, quantity, levels=None):
-    """How large must alpha be? With four alphas or more, OUT/SCRIPT_alphas.png: `quantity` against alpha at three
-    levels (by default the lowest that every alpha has), mean and 95 % interval over runs; the exactly linear network,
-    alpha = inf, as a dashed line with its band. Prints from which alpha on no difference to the largest is shown."""
+def draw_alphas(o, rows, on, quantity, levels=None):
+    """How large must alpha be? With four alphas or more, OUT/SCRIPT_alphas.png: `quantity` against alpha, mean and 95 %
+    interval over runs, at three levels (by default the lowest that every alpha has); alpha = inf, exactly linear, as a
+    dashed line with its interval as a band."""
     from matplotlib.figure import Figure
     alphas = sorted({row["alpha"] for row in rows})
     if len(alphas) < 4:
         return
-    if levels is None:
-        having = [{row["level"] for row in where(rows, alpha=alpha, on=on)} for alpha in alphas]
-        levels = sorted(set.intersection(*having))[:3]
+    having = [{row["level"] for row in where(rows, alpha=alpha, on=on)} for alpha in alphas]
     figure = Figure(figsize=(8.3, 4.2), layout="constrained")
     ax = figure.subplots()
-    for level, shade in zip(levels, ("#d55e00", "#0072b2", "#009e73")):
+    for level, colour in zip(levels or sorted(set.intersection(*having)), ("#d55e00", "#0072b2", "#009e73")):
         found = {}
         for alpha in alphas:
             values = [row[quantity] for row in where(rows, alpha=alpha, on=on, level=level)]
             if values:
-                found[alpha] = interval(values)
-        finite = [alpha for alpha in found if alpha < math.inf]
-        ax.plot(finite, [found[alpha][0] for alpha in finite], "o-", color=shade, label=f"{on} {level:g}")
-        for alpha, (mean, low, high) in found.items():
-            if alpha == math.inf:
-                ax.axhline(mean, color=shade, linestyle="--")
-            if alpha == math.inf and low is not None:
-                ax.axhspan(low, high, color=shade, alpha=.12, linewidth=0)
-            if alpha < math.inf and low is not None:
-                ax.plot([alpha, alpha], [low, high], color=shade)
-        print(lazy_from(pairs, on, quantity, level))
+                found[alpha] = np.array(interval(values), float)  # None, below three runs, becomes nan
+        if math.inf in found:
+            mean, low, high = found.pop(math.inf)
+            ax.axhline(mean, color=colour, linestyle="--")
+            ax.axhspan(low, high, color=colour, alpha=.12, linewidth=0)
+        mean, low, high = np.array(list(found.values())).reshape(-1, 3).T
+        ax.errorbar(list(found), mean, [mean - low, high - mean], fmt="o-", color=colour, label=f"{on} {level:g}")
     ax.set(xscale="log", ylabel=quantity.replace("_", " "))
     ax.set_xlabel(r"$\alpha$ (dashed: $\alpha = \infty$, exactly linear)")
     ax.legend()
     save_figure(figure, o.out, f"{o.script}_alphas")
-
-
-def lazy_from(pairs, on, quantity, level):
-    """In a sentence: from which alpha on the 95 % interval of the difference to the largest alpha includes 0."""
-    first = None
-    for row in sorted(where(pairs, on=on, quantity=quantity, level=level), key=lambda row: -row["alpha"]):
-        if row["low"] is None or not row["low"] <= 0 <= row["high"]:
-            break
-        first = row
-    if first is None:
-        return f"At {on} {level:g}, {quantity} differs from that at the largest alpha at every other."
-    return (f"At {on} {level:g}, from alpha = {first['alpha']:g} on, the 95 % interval of the difference of {quantity} "
-            f"to that at alpha = {first['minus']:g} includes 0.")
 
 
 def save_figure(figure, folder, name):

@@ -136,9 +136,9 @@ def run(alpha, seed, images, o):
             i, j = watched[d], watched_test[d]
             f_train, f_test = common.outputs(f, x[i], f0[i]), common.outputs(f, x_test[j], f0_test[j])
             record[f"decile_{d + 1}_loss"] = loss_of(f_train, y[i]).item()
-            record[f"decile_{d + 1}_acc"] = accuracy(f_train, y[i])
+            record[f"decile_{d + 1}_acc"] = common.accuracy(f_train, y[i])
             record[f"test_decile_{d + 1}_loss"] = loss_of(f_test, y_test[j]).item()
-            record[f"test_decile_{d + 1}_acc"] = accuracy(f_test, y_test[j])
+            record[f"test_decile_{d + 1}_acc"] = common.accuracy(f_test, y_test[j])
         for what in ("loss", "acc"):  # each decile is a tenth of its set
             record[f"mean_train_{what}"] = sum(record[f"decile_{d}_{what}"] for d in range(1, 11)) / 10
             record[f"test_{what}"] = sum(record[f"test_decile_{d}_{what}"] for d in range(1, 11)) / 10
@@ -149,10 +149,6 @@ def run(alpha, seed, images, o):
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
     for i in training.minibatches(probe):
         step(i)
-
-
-def accuracy(f, y):
-    return (f.argmax(1) == y).double().mean().item()
 
 
 # What came out.
@@ -195,14 +191,9 @@ def draw(o, rows, pairs):
     losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
     difference.set_title(r"(b) gap 1 - 10, minus that at the largest $\alpha$")
-    common.draw_similarities(similarity, rows, "mean_train_loss")
-    similarity.set_title("(c) similarity to initialisation")
-    common.draw(error, rows, "mean_train_loss", "linearisation_error")
-    error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    if error.lines:
-        error.legend()
+    common.draw_linearity(similarity, error, rows, "mean_train_loss")
     common.save_figure(figure, o.out, "cscore")
-    common.draw_alphas(o, rows, pairs, "mean_train_loss", "gap")
+    common.draw_alphas(o, rows, "mean_train_loss", "gap")
 
 
 def main(*words, **options):

@@ -66,10 +66,10 @@ def run(alpha, seed, images, o):
     def probe():
         f_clean, f_noisy = common.outputs(f, x[clean], f0[clean]), common.outputs(f, x[noisy], f0[noisy])
         f_test = common.outputs(f, x_test, f0_test)
-        record = {"clean_loss": loss_of(f_clean, y[clean]).item(), "clean_acc": accuracy(f_clean, y[clean]),
-                  "noisy_loss": loss_of(f_noisy, y[noisy]).item(), "noisy_acc": accuracy(f_noisy, y[noisy]),
-                  "noisy_true_acc": accuracy(f_noisy, y_true[noisy]),  # against the labels before the noise
-                  "test_loss": loss_of(f_test, y_test).item(), "test_acc": accuracy(f_test, y_test),
+        record = {"clean_loss": loss_of(f_clean, y[clean]).item(), "clean_acc": common.accuracy(f_clean, y[clean]),
+                  "noisy_loss": loss_of(f_noisy, y[noisy]).item(), "noisy_acc": common.accuracy(f_noisy, y[noisy]),
+                  "noisy_true_acc": common.accuracy(f_noisy, y_true[noisy]),  # against the labels before the noise
+                  "test_loss": loss_of(f_test, y_test).item(), "test_acc": common.accuracy(f_test, y_test),
                   "held_out_wrong_loss": loss_of(f_test, y_test_wrong).item()}
         for what in ("loss", "acc"):  # the groups, weighted by their share of the training set
             record[f"mean_train_{what}"] = float(
@@ -81,10 +81,6 @@ def run(alpha, seed, images, o):
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
     for i in training.minibatches(probe):
         step(i)
-
-
-def accuracy(f, y):
-    return (f.argmax(1) == y).double().mean().item()
 
 
 def derive(curve):
@@ -124,14 +120,9 @@ def draw(o, rows, pairs):
         common.draw_crosses(losses, PAPER)
     common.draw_differences(difference, pairs, "clean_loss", "noisy_loss")
     difference.set_title(r"(b) noisy loss, minus that at the largest $\alpha$")
-    common.draw_similarities(similarity, rows, "clean_loss")
-    similarity.set_title("(c) similarity to initialisation")
-    common.draw(error, rows, "clean_loss", "linearisation_error")
-    error.set(ylim=(0, None), title="(d) distance from the linearisation")
-    if error.lines:
-        error.legend()
+    common.draw_linearity(similarity, error, rows, "clean_loss")
     common.save_figure(figure, o.out, "noisy")
-    common.draw_alphas(o, rows, pairs, "clean_loss", "noisy_loss")
+    common.draw_alphas(o, rows, "clean_loss", "noisy_loss")
 
 
 def main(*words, **options):

@@ -402,13 +402,13 @@ def draw(o, rows, pairs):
         ax.set(title=title, xlabel=f"accuracy, {major}", ylabel=f"accuracy, {minor}")
     common.draw_crosses(train, PAPER.get(name, {}))
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
-    difference.set_title(r"(b) gap in loss, minus that at the largest $\alpha$")
+    difference.set_title(r"(b) gap, minus that at the largest $\alpha$")
     common.draw(losses, rows, "mean_train_loss", "against_loss", "-", minor.split()[-1])
     common.draw(losses, rows, "mean_train_loss", "with_loss", "--", major.split()[-1])
     losses.set(title="(c) loss of the cells", ylabel=f"loss ({o.loss})")
     losses.legend(handles=losses.lines[:len({row["alpha"] for row in rows})])
     common.save_figure(figure, o.out, "spurious")
-    common.draw_alphas(o, rows, pairs, "mean_train_loss", "gap")
+    common.draw_alphas(o, rows, "mean_train_loss", "gap")
 
 
 def main(*words, **options):

@@ -260,7 +260,7 @@ def draw(o, found, rows, pairs):
         draw_task(ax, o, size=0)
         ax.set(title=f"({letter}) training loss {level:g}", xlabel=f"mean of {runs} runs")
     common.save_figure(figure, o.out, "toy")
-    common.draw_alphas(o, rows, pairs, "train_loss", "gap", MAPS)
+    common.draw_alphas(o, rows, "train_loss", "gap", MAPS)
 
 
 def draw_task(ax, o, size=16):
