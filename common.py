@@ -768,8 +768,8 @@ def check_images(images, path):
              f"{name} must be from {low:g} to {high:g}; it is {values.min():g} to {values.max():g}")
         if what == "attribute":
             need(np.isin(values, (0, 1)).all(), f"{name} must be 0 or 1")
-            values = values.astype(np.int64)
-        checked[name] = values.tolist() if what in ("mean", "std") else values
+        kept = values.astype(np.int64 if what == "attribute" else np.float64)  # of one type, so of one checksum
+        checked[name] = kept.tolist() if what in ("mean", "std") else kept
     return checked
 
 
