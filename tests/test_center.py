@@ -67,25 +67,6 @@ def test_steps_equal_the_lr_over_alpha_form(alpha, momentum):
             assert torch.allclose(p, q, rtol=1e-10, atol=1e-13)
 
 
-def test_gradient_against_finite_differences():
-    x, y = batch()
-    f = common.center(network(), 3.0)
-    with torch.no_grad():
-        for p in f.model.parameters():
-            p.add_(.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype))
-    loss = lambda: nn.functional.cross_entropy(f(x), y)
-    loss().backward()
-    for p in f.model.parameters():
-        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
-        with torch.no_grad():
-            p.add_(1e-6 * direction)
-            up = loss()
-            p.sub_(2e-6 * direction)
-            down = loss()
-            p.add_(1e-6 * direction)
-        assert math.isclose((up - down).item() / 2e-6, (p.grad * direction).sum().item(), rel_tol=1e-5, abs_tol=1e-9)
-
-
 def train_steps(f, x, y, lr=.1, momentum=0.0, steps=30):
     optimizer = common.scaled_sgd(f, lr, momentum)
     curve = []
@@ -133,12 +114,6 @@ def test_linearized_training_is_kernel_gradient_descent(momentum):
 def test_bad_alpha(alpha):
     with pytest.raises(ValueError, match="alpha must be"):
         common.center(network(), alpha)
-
-
-def test_alpha_may_be_any_kind_of_number():
-    import numpy as np
-    for alpha in (2, np.float32(2), np.int64(2), torch.tensor(2.0)):
-        assert common.center(network(), alpha).alpha == 2
 
 
 @pytest.mark.parametrize("lr, momentum", [(0, 0), (-1, 0), (math.nan, 0), (math.inf, 0), (.1, 1), (.1, -.1)])
@@ -234,7 +209,8 @@ def test_how_much_of_the_network_can_move_on_32_x_32():
 
 
 def test_center_takes_networks_with_pretrained_batch_norm_in_eval_mode():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
+                          nn.Linear(144, 2)).eval()
     for alpha in (1, math.inf):
         f = common.center(model, alpha)
         loss = f(torch.randn(5, 3, 8, 8)).sum()
@@ -332,8 +308,10 @@ def test_two_reverse_passes_equal_forward_mode():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), nn.Flatten(), nn.Linear(32, 2)),
-    lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(32, 2)).eval(),
+    lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), nn.Flatten(),
+                          nn.Linear(32, 2)),
+    lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(),
+                          nn.Linear(32, 2)).eval(),
     lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Flatten(), nn.Linear(16, 2)),
     lambda: nn.Sequential(Recurrent(8, 5, batch_first=True), nn.Linear(5, 2))])
 @pytest.mark.filterwarnings("ignore")

@@ -229,23 +229,6 @@ def test_killed_at_a_random_moment(tmp_path, script, moment):
     assert_same(tmp_path / "a", tmp_path / "b", "alpha=1_seed=0", "alpha=100_seed=0")
 
 
-def test_two_writers_cannot_interleave(tiny, tmp_path, monkeypatch):
-    """The same command begins, and ends, in another terminal while the first is under way."""
-    look, looks = common.Run.look, []
-
-    def look_and_let_the_other_run(run, probe):
-        looks.append(run.iteration)
-        look(run, probe)
-        if len(looks) == 5:
-            tiny_run(tiny, tmp_path / "a", alpha=[1], epochs=2, checkpoint_seconds=0)
-
-    tiny_run(tiny, tmp_path / "b", alpha=[1], epochs=2)
-    monkeypatch.setattr(common.Run, "look", look_and_let_the_other_run)
-    tiny_run(tiny, tmp_path / "a", alpha=[1], epochs=2, checkpoint_seconds=0)
-    assert looks == [0, 1, 2, 3, 4, *range(3, 13), *range(5, 13)]  # the second goes on from the last checkpoint
-    assert_same(tmp_path / "a", tmp_path / "b")
-
-
 @pytest.mark.parametrize("key, changed", [
     ("lr", .03), ("momentum", 0.0), ("batch_size", 12), ("noise", .2), ("width", 3), ("dtype", "float64"),
     ("subset", 40), ("group_size", 20), ("probe_examples", 5), ("data_crc32", {"y_test": np.arange(30) % 2}),
@@ -303,20 +286,6 @@ def test_what_cannot_be_read_or_written_is_one_line_that_names_it(trained, tmp_p
     with pytest.raises(OSError, match="could not be written.*make room"):
         tiny_run(tiny, tmp_path / "full")
     assert not list(tmp_path.rglob("*.part"))
-
-
-@pytest.mark.parametrize("script, folder", [(noisy, "noisy_5k"), (cscore, "cscore")])
-def test_records_of_earlier_versions_are_drawn(tmp_path, script, folder):
-    """Their args.json is nested and knows less, their records have more keys."""
-    shutil.copytree(ROOT / "figures" / folder, tmp_path / "run")
-    paths = sorted(tmp_path.glob("run/alpha=*/args.json"))
-    for k, path in enumerate(paths):
-        args = json.loads(path.read_text())
-        run = {**args.pop("run", args), "theta0_crc32": k}
-        path.write_text(json.dumps({"folder": path.parent.name, "run": run, "dataset": args["dataset"]}))
-    summary = script.main(out=tmp_path / "run", draw_only=True)
-    read = {f"alpha={row['alpha']:g}_seed={row['seed']}" for row in summary["readings"]}
-    assert read == {path.parent.name for path in paths} and (tmp_path / "run" / f"{script.__name__}.png").exists()
 
 
 def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):

@@ -152,9 +152,9 @@ def test_a_run_that_diverges_is_reported_and_leaves_the_others_alone(whole, tmp_
     np.testing.assert_allclose(kept[others], healthy[others], rtol=1e-6)
 
 
-def test_many_alphas_draw_the_effect_against_alpha(tmp_path, capsys):
+def test_many_alphas_draw_the_effect_against_alpha(tmp_path):
     toy.main(**{**TINY, "alpha": [.5, 1, 5, "inf"], "runs": 3, "width": 20, "lr": .8}, out=str(tmp_path))
-    assert (tmp_path / "toy_alphas.png").exists() and "At train_loss 0.5" in capsys.readouterr().out
+    assert (tmp_path / "toy_alphas.png").stat().st_size > 5000
     toy.main(out=str(tmp_path), draw_only=True)  # as the runs that are there were
 
 
