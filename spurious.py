@@ -13,9 +13,8 @@ A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For eithe
 of the training set goes *with* the correlation, the other *against* it. (In CelebA women are the majority of the blond
 and, at 52 %, of the others, so with is women and against is men, which is how the paper draws it.)
 
---quick took 332 seconds on two very busy CPU cores (AMD EPYC, 2026-11-27), a sixth of that on idle ones; dominoes with
---subset 4000 --width 32 --epochs 20 two to four minutes a run on one; not timed on a GPU. It prints, and then the
-tables,
+--quick took 50 seconds on two idle CPU cores (AMD EPYC, 2026-11-27), 332 on very busy ones; the README's dominoes 3.5
+minutes (alpha = 1) and 11 to 12 (100) a run on one; not timed on a GPU. It prints, and then the tables,
 
     The claim that rich networks lean more on the spurious attribute holds in these runs: gap at alpha = 1 minus
     that at alpha = 100 is +0.440 [0.048, 0.832] at mean_train_loss 0.243 and +0.676 [0.096, 1.256] at
