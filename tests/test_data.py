@@ -47,6 +47,13 @@ def test_npz_round_trip(tiny):
     assert np.allclose(x, (A["x_train"] / 255 - pixels.mean(0)) / pixels.std(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_scores_have_one_type_whatever_the_file_holds(tmp_path, kind):
+    """Else the data's checksum, which says whether a folder holds the same run, would depend on it."""
+    np.savez(tmp_path / "mine.npz", **{**A, "score_train": A["score_train"].round(1).astype(kind)})
+    assert common.load_images(tmp_path / "mine.npz")["score_train"].dtype == np.float64
+
+
 def test_what_is_possible_is_taken(tmp_path):
     """The extremes, other integer and float types, and grey images."""
     images = common.load_images(save(tmp_path, x_train=A["x_train"][..., 0], x_test=A["x_test"][..., 0], mean=[1.0],
