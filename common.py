@@ -5,7 +5,7 @@
     3  NTK, linearity measures  empirical_ntk, kernel_alignment, relu_signs, sign_similarity, representation,
                                 representation_alignment, linearisation_error
     4  the networks             mlp, resnet18, Standardise
-    5  the data                 load_images, flip_labels, outputs
+    5  the data                 load_images, flip_labels, outputs, accuracy
     6  a run                    Run, Linearity, graphed, read_runs
     7  equal training loss      curve, value_at, readings, differences, verdict, print_table, draw
     8  the command line         parser, parse, sweep, command_line
