@@ -17,10 +17,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
-    """Small networks gain nothing from threads, and results stay bit-equal between this process and its children."""
+def one_thread_and_a_seed():
+    """Small networks gain nothing from threads, and results stay bit-equal between this process and its children; no
+    test draws what depends on the tests before it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 

@@ -2,6 +2,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,11 @@ def test_bad_alpha(alpha):
         common.center(network(), alpha)
 
 
+def test_alpha_may_be_any_kind_of_number():
+    for alpha in (2, np.float32(2), np.int64(2), torch.tensor(2.0)):
+        assert common.center(network(), alpha).alpha == 2
+
+
 @pytest.mark.parametrize("lr, momentum", [(0, 0), (-1, 0), (math.nan, 0), (math.inf, 0), (.1, 1), (.1, -.1)])
 def test_bad_learning_rate(lr, momentum):
     with pytest.raises(ValueError):
@@ -190,7 +196,6 @@ def test_resnet_is_torchvisions_without_batch_norm():
 
 def test_how_much_of_the_network_can_move_on_32_x_32():
     """The comment in resnet18: 6.95 M of the parameters never receive a gradient (taps that only ever see padding)."""
-    torch.manual_seed(0)
     model = common.resnet18(10).double()
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
@@ -263,7 +268,6 @@ class Stopped(nn.Module):
     lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()])
 @pytest.mark.filterwarnings("ignore")
 def test_alpha_inf_is_the_jacobian_of_autograd_times_delta(make):
-    torch.manual_seed(0)
     model, x = nn.Sequential(make(), nn.Flatten()).double(), torch.randn(3, 4, 8, dtype=torch.float64)
     f = common.center(model, math.inf)
     with torch.no_grad():
@@ -330,7 +334,6 @@ class Mixed(nn.Module):
     lambda: nn.Sequential(nn.Embedding(10, 4, max_norm=.5), nn.Flatten(), nn.Linear(12, 2))])
 def test_whatever_plain_sgd_trains(make):
     """The same steps as torch.optim.SGD at lr / alpha^2, with momentum, on the objective written out."""
-    torch.manual_seed(0)
     model, x = make(), torch.randint(10, (6, 3))
     target = torch.randn(6, 2)
     by_hand, theta0 = copy.deepcopy(model), copy.deepcopy(model)

@@ -238,7 +238,6 @@ def test_contraction_is_the_sum_it_says(sizes, T, O, d):
 
 
 def test_leaves_the_model_as_it_was():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7).eval(), nn.ReLU(inplace=True), nn.Linear(7, 3))
     model[0].register_buffer("calls", torch.zeros(()))
 
@@ -345,7 +344,6 @@ def test_representation_alignment_conventions():
 
 
 def test_linearisation_error():
-    torch.manual_seed(0)
     x = torch.randn(6, 5, dtype=torch.float64)
     start = common.mlp([5, 16, 2]).double()
     errors = []
@@ -397,7 +395,6 @@ def test_representation_is_what_the_last_called_linear_receives():
 
 
 def test_an_embedding_that_renormalises_itself_is_left_as_it_was():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(10, 4, max_norm=.5), nn.Flatten(), nn.Linear(12, 2)).double()
     x, before = torch.randint(10, (4, 3)), copy.deepcopy(model.state_dict())
     K = common.empirical_ntk(model, x)
