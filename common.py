@@ -1208,36 +1208,27 @@ def name_of(thing):
 def smooth(values):
     """The centred average over five probes, (n,) -> (n - 2,): the window shrinks at the start, and the last two are not
     read, so that a reading does not change when the run goes on."""
-    averages = []
-    for k in range(len(values) - 2):
-        reach = min(k, 2)
-        averages.append(np.mean(values[k - reach:k + reach + 1]))
-    return np.array(averages)
+    return np.array([np.mean(values[k - min(k, 2):k + min(k, 2) + 1]) for k in range(len(values) - 2)])
 
 
 def curve(records):
     """A run's records as {key: array (n,)}, smoothed along the run. What is measured at every fifth probe only is not
-    smoothed: a line between its neighbours, nan outside.
-
-    Left out: the record at the end of the epochs, which is not on the schedule, and all from a loss that is not finite
-    on."""
-    finite = []
+    smoothed: a line between its neighbours, nan outside. Left out: the record at the end of the epochs, which is not on
+    the schedule, and all from a loss that is not finite on."""
+    kept = []
     for record in records:
         if record["mean_train_loss"] is None:
             break
         if record.get("ended") not in ("epochs", "diverged"):
-            finite.append(record)
+            kept.append(record)
     columns = {}
-    for key in {key for record in finite for key in record} - {"ended", "seconds"}:
-        values = np.array([record.get(key) for record in finite], float)  # None becomes nan
-        if all(key in record for record in finite):
+    for key in {key for record in kept for key in record} - {"ended", "seconds"}:
+        values = np.array([record.get(key) for record in kept], float)  # None becomes nan
+        measured = np.flatnonzero(np.isfinite(values))
+        if all(key in record for record in kept):
             columns[key] = smooth(values)
-        else:
-            measured = np.flatnonzero(np.isfinite(values))
-            columns[key] = np.full(len(values), np.nan)
-            if len(measured):
-                columns[key] = np.interp(np.arange(len(values)), measured, values[measured], np.nan, np.nan)
-            columns[key] = columns[key][:-2]
+        elif len(measured):
+            columns[key] = np.interp(np.arange(len(kept)), measured, values[measured], np.nan, np.nan)[:-2]
     return columns
 
 
@@ -1245,18 +1236,14 @@ def value_at(level, loss, quantity, rising=False):
     """`quantity` where `loss` first passes `level`, on a line between the two probes around it; None if it does not.
 
     rising: `loss` is an accuracy, and its first upward passage after its lowest value counts. Arrays (n,), smoothed."""
-    if len(loss) == 0:
-        return None
-    start = 0
-    passed = loss <= level
     if rising:
-        start = int(np.argmin(loss))
-        passed = loss >= level
-    after = start + int(np.argmax(passed[start:]))
-    if not passed[after] or after == start:
+        loss, quantity, level = -loss[np.argmin(loss):], quantity[np.argmin(loss):], -level
+    passed = np.flatnonzero(loss <= level)
+    if len(passed) == 0 or passed[0] == 0:
         return None
-    share = (loss[after - 1] - level) / (loss[after - 1] - loss[after])
-    value = quantity[after - 1] + share * (quantity[after] - quantity[after - 1])
+    k = passed[0]
+    share = (loss[k - 1] - level) / (loss[k - 1] - loss[k])
+    value = quantity[k - 1] + share * (quantity[k] - quantity[k - 1])
     return float(value) if np.isfinite(value) else None
 
 
@@ -1280,14 +1267,28 @@ def readings(runs, derive=dict, on=("mean_train_loss",), accuracies=()):
     levels += [(key, level) for key in accuracies for level in (.8, .85, .9, .95)]
     for alpha, seeds in runs.items():
         for seed, records in seeds.items():
-            columns = derive(curve(records))
-            for key, level in levels:
+            columns = derive(curve(records)) if len(records) > 2 else {}
+            for key, level in levels if columns else []:
                 row = {"alpha": alpha, "seed": seed, "on": key, "level": level}
                 for name, column in sorted(columns.items()):
                     row[name] = value_at(level, columns[key], column, rising=key in accuracies)
                 if row[key] is not None:
                     rows.append(row)
     return rows
+
+
+def where(rows, **wanted):
+    """The rows that have the wanted values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def by_level(rows, alpha, on, quantity):
+    """{level: what each run of this alpha shows of `quantity` there}, highest level first."""
+    values = {}
+    for row in sorted(where(rows, alpha=alpha, on=on), key=lambda row: -row["level"]):
+        if row.get(quantity) is not None:
+            values.setdefault(row["level"], []).append(row[quantity])
+    return values
 
 
 def differences(rows, quantities):
@@ -1304,15 +1305,9 @@ def differences(rows, quantities):
                 paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(row[name] - other[name])
     result = []
     for (alpha, on, level, name), values in paired.items():
-        mean, low, high = interval(values)
-        result.append({"alpha": alpha, "minus": largest, "on": on, "level": level, "quantity": name, "mean": mean,
-                       "low": low, "high": high, "n": len(values)})
+        result.append({"alpha": alpha, "minus": largest, "on": on, "level": level, "quantity": name,
+                       **dict(zip(("mean", "low", "high"), interval(values))), "n": len(values)})
     return result
-
-
-def where(rows, **wanted):
-    """The rows that have the wanted values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def interval(values):
@@ -1345,24 +1340,23 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     rich, lazy = rich_and_lazy(runs)
     if rich == lazy:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    passed = []  # by every run
-    for level in sorted({row["level"] for row in rows}):
-        if all(len(where(rows, alpha=alpha, on=on, level=level)) == len(runs[alpha]) for alpha in (rich, lazy)):
-            passed.append(level)
-    read = [row for row in where(pairs, alpha=rich, on=on, quantity=quantity) if row["level"] in passed[:2]]
+    passed, read = [by_level(rows, alpha, on, on) for alpha in (rich, lazy)], []
+    for row in sorted(where(pairs, alpha=rich, on=on, quantity=quantity), key=lambda row: row["level"]):
+        if all(len(levels.get(row["level"], [])) == len(runs[alpha]) for alpha, levels in zip((rich, lazy), passed)):
+            read.append(row)
     if len(read) < 2:
         return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
                 "(--epochs); where the loss does not fall, try a smaller --lr.")
+    low, lower = read[1::-1]
     word = "is not shown by these runs"
-    if None in [row["low"] for row in read]:
+    if low["n"] < 3:
         word = "is not judged (an interval takes three seeds)"
-    elif all(row["low"] > 0 for row in read):
+    elif low["low"] > 0 and lower["low"] > 0:
         word = "holds in these runs"
-    elif all(row["high"] < 0 for row in read):
+    elif low["high"] < 0 and lower["high"] < 0:
         word = "is contradicted by these runs"
-    found = " and ".join(f"{cell(row)} at {on} {row['level']:g}" for row in read)
-    return (f"The claim that {claim} {word}: {quantity} at alpha = {rich:g} minus that at alpha = {lazy:g} is {found} "
-            f"(n = {read[0]['n']}; {about}).")
+    return (f"The claim that {claim} {word}: {quantity} at alpha = {rich:g} minus that at alpha = {lazy:g} is {cell(low)} "
+            f"at {on} {low['level']:g} and {cell(lower)} at {on} {lower['level']:g} (n = {low['n']}; {about}).")
 
 
 def cell(row):
@@ -1373,28 +1367,18 @@ def cell(row):
 
 
 def print_table(title, rows, pairs, on, quantity):
-    """Print `quantity` at each level of `on`: mean +- std over the runs of each alpha, then each alpha minus the
-    largest. The numbers of runs stand in the header, and in a cell that has fewer."""
-    columns = {}  # {header: {level: (n, text)}}
-    for row in rows:
-        if row["on"] == on and row.get(quantity) is not None:
-            columns.setdefault(f"alpha = {row['alpha']:g}", {}).setdefault(row["level"], []).append(row[quantity])
-    for levels in columns.values():
-        for level, values in levels.items():
-            std = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            levels[level] = len(values), f"{np.mean(values):.3f}{std}"
+    """Print `quantity` at each level of `on`: the mean over the runs of each alpha, then each alpha minus the largest
+    with its interval; in brackets the number of runs."""
+    columns = {}  # {header: {level: text}}
+    for alpha in sorted({row["alpha"] for row in rows}):
+        values = by_level(rows, alpha, on, quantity)
+        columns[f"alpha = {alpha:g}"] = {level: f"{np.mean(values[level]):.3f} ({len(values[level])})" for level in values}
     for row in where(pairs, on=on, quantity=quantity):
-        columns.setdefault(f"{row['alpha']:g} - {row['minus']:g}", {})[row["level"]] = row["n"], cell(row)
-    print(f"\n{title}\n{on:>18}", end="")
-    most = {header: max(n for n, _ in levels.values()) for header, levels in columns.items()}
-    for header in columns:
-        print(f"{f'{header} (n = {most[header]})':>30}", end="")
+        header = f"{row['alpha']:g} - {row['minus']:g}"
+        columns.setdefault(header, {})[row["level"]] = f"{cell(row)} ({row['n']})"
+    print(f"\n{title}\n{on:>18}" + "".join(f"{header:>28}" for header in columns))
     for level in sorted({level for levels in columns.values() for level in levels}, reverse=True):
-        print(f"\n{level:>18g}", end="")
-        for header, levels in columns.items():
-            n, text = levels.get(level, (most[header], "-"))
-            print(f"{text if n == most[header] else f'{text} ({n})':>30}", end="")
-    print()
+        print(f"{level:>18g}" + "".join(f"{levels.get(level, '-'):>28}" for levels in columns.values()))
 
 
 # Pictures, drawn at the levels. A colour and a marker belong to an alpha, the same everywhere: warm is rich, cold is
@@ -1408,30 +1392,22 @@ LOOK = {.1: ("#f0e442", "v"), .3: ("#8c510a", "<"), .5: ("#e69f00", "D"), 1.0: (
 def look(alpha):
     """How an alpha is drawn, as keywords of matplotlib's plot."""
     colour, marker = LOOK.get(alpha, ("#777777", "h"))
-    return {"color": colour, "marker": marker, "markersize": 4, "label": alpha_label(alpha)}
-
-
-def alpha_label(alpha):
-    return r"$\alpha = \infty$" if alpha == math.inf else rf"$\alpha = {alpha:g}$"
+    return {"color": colour, "marker": marker, "markersize": 4, "label": f"α = {alpha:g}".replace("inf", "∞")}
 
 
 def draw(ax, rows, on, quantity, linestyle="-", name=""):
     """`quantity` at the levels of `on`, a line an alpha: the mean over its runs, and their range as a band; training
     goes to the right. Levels that not all of its runs pass are left out. name: written at the end of the line."""
     for alpha in sorted({row["alpha"] for row in rows}):
-        values = {}
-        for row in where(rows, alpha=alpha, on=on):
-            if row.get(quantity) is not None:
-                values.setdefault(row["level"], []).append(row[quantity])
+        values = by_level(rows, alpha, on, quantity)
         most = max(map(len, values.values()), default=0)
-        levels = sorted((level for level in values if len(values[level]) == most), reverse=True)
+        levels = [level for level in values if len(values[level]) == most]
         if levels:
-            mean = [np.mean(values[level]) for level in levels]
-            ax.plot(levels, mean, linestyle=linestyle, **look(alpha))
-            ax.fill_between(levels, [min(values[level]) for level in levels], [max(values[level]) for level in levels],
-                            color=look(alpha)["color"], alpha=.18, linewidth=0)
-            ax.annotate(name, (levels[-1], mean[-1]), (4, 0), textcoords="offset points", va="center",
-                        color=look(alpha)["color"])
+            runs, style = np.array([values[level] for level in levels]), look(alpha)  # (levels, runs)
+            ax.plot(levels, runs.mean(1), linestyle=linestyle, **style)
+            ax.fill_between(levels, runs.min(1), runs.max(1), color=style["color"], alpha=.18, linewidth=0)
+            ax.annotate(name, (levels[-1], runs[-1].mean()), (4, 0), textcoords="offset points", va="center",
+                        color=style["color"])
     to_the_right(ax, on)
 
 
@@ -1447,12 +1423,10 @@ def draw_differences(ax, pairs, on, quantity):
     """Each alpha minus the largest at every level, with its 95 % interval, and a line at 0."""
     ax.axhline(0, color="black", linewidth=.8)
     read = where(pairs, on=on, quantity=quantity)
-    alphas = sorted({row["alpha"] for row in read})
-    for row in read:
-        level = row["level"] * (1 - .012 * alphas.index(row["alpha"]))  # beside each other
-        ax.plot(level, row["mean"], **look(row["alpha"]))
-        if row["low"] is not None:
-            ax.plot([level, level], [row["low"], row["high"]], color=look(row["alpha"])["color"], linewidth=1)
+    for k, alpha in enumerate(sorted({row["alpha"] for row in read})):
+        found = np.array([[row["level"], row["mean"], row["low"], row["high"]] for row in where(read, alpha=alpha)], float)
+        level, mean, low, high = found.T  # None, below three runs, becomes nan
+        ax.errorbar(level * (1 - .012 * k), mean, [mean - low, high - mean], linestyle="", **look(alpha))
     to_the_right(ax, on)
 
 
@@ -1480,29 +1454,21 @@ def draw_crosses(ax, points):
 
 def draw_alphas(o, rows, on, quantity, levels=None):
     """How large must alpha be? With four alphas or more, OUT/SCRIPT_alphas.png: `quantity` against alpha, mean and 95 %
-    interval over runs, at three levels (by default the lowest that every alpha has); alpha = inf, exactly linear, as a
-    dashed line with its interval as a band."""
+    interval over runs, at three levels (by default the lowest that every alpha has); alpha = inf as a dashed line."""
     from matplotlib.figure import Figure
-    alphas = sorted({row["alpha"] for row in rows})
-    if len(alphas) < 4:
+    found = {alpha: by_level(rows, alpha, on, quantity) for alpha in sorted({row["alpha"] for row in rows})}
+    if len(found) < 4:
         return
-    having = [{row["level"] for row in where(rows, alpha=alpha, on=on)} for alpha in alphas]
     figure = Figure(figsize=(8.3, 4.2), layout="constrained")
     ax = figure.subplots()
-    for level, colour in zip(levels or sorted(set.intersection(*having)), ("#d55e00", "#0072b2", "#009e73")):
-        found = {}
-        for alpha in alphas:
-            values = [row[quantity] for row in where(rows, alpha=alpha, on=on, level=level)]
-            if values:
-                found[alpha] = np.array(interval(values), float)  # None, below three runs, becomes nan
-        if math.inf in found:
-            mean, low, high = found.pop(math.inf)
-            ax.axhline(mean, color=colour, linestyle="--")
-            ax.axhspan(low, high, color=colour, alpha=.12, linewidth=0)
-        mean, low, high = np.array(list(found.values())).reshape(-1, 3).T
-        ax.errorbar(list(found), mean, [mean - low, high - mean], fmt="o-", color=colour, label=f"{on} {level:g}")
-    ax.set(xscale="log", ylabel=quantity.replace("_", " "))
-    ax.set_xlabel(r"$\alpha$ (dashed: $\alpha = \infty$, exactly linear)")
+    levels = levels or sorted(set.intersection(*map(set, found.values())))
+    for level, colour in zip(levels, ("#d55e00", "#0072b2", "#009e73")):
+        points = {alpha: interval(found[alpha][level]) for alpha in found if level in found[alpha]}
+        if math.inf in points:
+            ax.axhline(points.pop(math.inf)[0], color=colour, linestyle="--")
+        mean, low, high = np.array(list(points.values()), float).reshape(-1, 3).T  # None, below three runs: nan
+        ax.errorbar(list(points), mean, [mean - low, high - mean], fmt="o-", color=colour, label=f"{on} {level:g}")
+    ax.set(xscale="log", ylabel=quantity.replace("_", " "), xlabel="α (dashed: α = ∞, exactly linear)")
     ax.legend()
     save_figure(figure, o.out, f"{o.script}_alphas")
 

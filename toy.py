@@ -315,7 +315,7 @@ def animate(o):
                 ax.contourf(probability, np.linspace(0, 1, 21), cmap="RdBu_r", vmin=-.3, vmax=1.3, **PLANE)
                 ax.contour(probability, levels=[.5], colors="black", linewidths=1.5, **PLANE)
                 draw_task(ax, o, size=30)
-                title = f"{names.get(alpha, '')}{common.alpha_label(alpha)}\niteration {iteration}"
+                title = f"{names.get(alpha, '')}{common.look(alpha)["label"]}\niteration {iteration}"
                 ax.set(xticks=[], yticks=[], title=title)
             writer.grab_frame()
         common.progress(f"toy.gif: {len(levels)} frames are drawn, to training loss {levels[-1]:.2f}")
