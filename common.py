@@ -370,7 +370,11 @@ class Jacobian:
                 used.append(A)
             if m.bias is not None and m.bias.requires_grad:  # the weight of an input that is always 1
                 used.append(A.new_ones(*A.shape[:2], 1))
-            pairs.append((torch.cat(used, 2), G))
+            A, T, d, O = torch.cat(used, 2), A.shape[1], A.shape[2], G.shape[3]
+            if T * T * (d + self.C * O) > self.C**2 * O * d:  # many positions: J_c = sum_t G_ct (x) A_t is smaller
+                G = torch.einsum("ncto,ntd->ncod", G, A).flatten(2)[:, :, None]
+                A = A.new_ones(len(f), 1, 1)
+            pairs.append((A, G))
         if self.rest:  # J itself, as a layer of one position whose input is 1
             rows = []
             for i in range(first, first + len(f)):
@@ -390,55 +394,36 @@ class Jacobian:
             for j in range(i if symmetric else 0, len(other.x), other.block):
                 right = left if symmetric and i == j else other.factors(j)
                 for (A, G), (B, H) in zip(left, right, strict=True):
-                    K[i:i + self.block, :, j:j + other.block] += self.contract(A, G, B, H, right is left)
+                    K[i:i + self.block, :, j:j + other.block] += self.contract(A, G, B, H)
         if symmetric:
             upper = K.flatten(2).flatten(0, 1)
             K = (upper.triu() + upper.triu(1).T).view(K.shape)
         return K
 
     @staticmethod
-    def contract(A, G, B, H, half):
+    def contract(A, G, B, H):
         """K[i, c, j, e] = sum_ts (A_it . B_js) (G_ict . H_jes), (n, C, m, C): a layer's part of the kernel.
 
-        As it stands, or as J L^T with J = sum_t G_t (x) A_t formed, whichever takes fewer multiplications.
-        A (n, T, d), B (m, S, d), G (n, C, T, O), H (m, C, S, O). half: both are the same, j < i may stay 0.
-        """
-        (n, C, T, O), (m, _, S, _), d = G.shape, H.shape, A.shape[2]
-        pairs, positions = (n * m / 2, n * T) if half else (n * m, n * T + m * S)
+        A (n, T, d), B (m, S, d), G (n, C, T, O), H (m, C, S, O)."""
+        (n, C), m = G.shape[:2], len(H)
         K = G.new_zeros(n, C, m, C)
-        as_it_stands = pairs * (T * S * d + C * T * S * O + C * C * T * O)
-        formed = positions * C * O * d + pairs * C * C * O * d
-        if as_it_stands < formed:
-            for i in range(n):  # an example at a time: nothing of size n m T S is ever held
-                first = i if half else 0
-                inputs = torch.einsum("td,jsd->jts", A[i], B[first:])
-                weighted = inputs[:, None] @ H[first:]  # (m - first, C, T, O)
-                K[i, :, first:] = (G[i].flatten(1) @ weighted.flatten(2).flatten(0, 1).T).view(C, -1, C)
-            return K
-        width = max(1, 2**26 // ((n + m) * C * d))  # output channels at a time: J of 256 MB in float32
-        step = -(-n // 8) if half else n
-        for G_part, H_part in zip(G.split(width, 3), H.split(width, 3)):
-            J = torch.einsum("icto,itd->icod", G_part, A).flatten(2)
-            L = J if half else torch.einsum("jcto,jtd->jcod", H_part, B).flatten(2)
-            for i in range(0, n, step):
-                first = i if half else 0
-                part = J[i:i + step].flatten(0, 1) @ L[first:].flatten(0, 1).T
-                K[i:i + step, :, first:] += part.view(-1, C, m - first, C)
+        for i in range(n):  # an example at a time: nothing of size n m T S is ever held
+            inputs = torch.einsum("td,jsd->jts", A[i], B)
+            weighted = inputs[:, None] @ H  # (m, C, T, O)
+            K[i] = (G[i].flatten(1) @ weighted.flatten(2).flatten(0, 1).T).view(C, m, C)
         return K
 
     def pull_back(self, u):
-        """J^T u[k] for each u[k] (N, C), each a list of tensors, one a parameter: a backward pass a block."""
-        pulled = []
+        """J^T u[k] for each u[k] (N, C), as rows (K, P): a backward pass a block."""
+        total = 0
         for first in range(0, len(self.x), self.block):
             f, _ = self.outputs(first, first + self.block)
-            for k in range(len(u)):
-                gradients = torch.autograd.grad(f, self.parameters, u[k, first:first + self.block],
-                                                retain_graph=True, materialize_grads=True)
-                if first == 0:
-                    pulled.append(gradients)
-                else:
-                    pulled[k] = [total + g for total, g in zip(pulled[k], gradients)]
-        return pulled
+            rows = []
+            for part in u[:, first:first + self.block]:
+                pulled = torch.autograd.grad(f, self.parameters, part, retain_graph=True, materialize_grads=True)
+                rows.append(torch.cat([g.flatten() for g in pulled]))
+            total = total + torch.stack(rows)
+        return total
 
     def confirms(self, K, other):
         """Whether u^T K v = < J^T u, L^T v > within rounding, for each pair of four random u and four v.
@@ -448,15 +433,14 @@ class Jacobian:
         """
         generator = torch.Generator().manual_seed(0)  # of its own
         u = torch.randn(4, *K.shape[:2], generator=generator, dtype=torch.float64).to(K)
-        pulled, v = self.pull_back(u), u
+        v = u
+        pulled = [self.pull_back(u)]
         if other is not self:
             v = torch.randn(4, *K.shape[2:], generator=generator, dtype=torch.float64).to(K)
-            pulled += other.pull_back(v)
+            pulled.append(other.pull_back(v))
         inner = 0
-        for gradients in zip(*pulled):  # a parameter at a time, in pieces: no float64 copy of the whole
-            for pieces in zip(*[g.flatten().split(2**15) for g in gradients]):
-                piece = torch.stack(pieces).double()
-                inner = inner + piece @ piece.T
+        for pieces in torch.cat(pulled).split(2**20, 1):  # no float64 copy of the whole
+            inner = inner + pieces.double() @ pieces.double().T
         expected, squares = inner[:4, -4:], inner.diagonal()
         found = torch.einsum("aic,icje,bje->ab", u.double(), K.double(), v.double())
         if not expected.isfinite().all():
@@ -880,7 +864,7 @@ class Run:
         self.iteration, self.seconds, self.records = 0, 0.0, []
         self.folder = folder_of(o, f.alpha, seed)
         args = {**identity(o), "network": name_of(f.model0)}
-        check_out(o, args)
+        check_out(o.out, args)
         self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
         if o.momentum:
             for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
@@ -1010,34 +994,28 @@ class Linearity:
     that the network does not admit (no nn.ReLU: no signs) is said once and left out."""
 
     def __init__(self, f, x):
-        self.f, self.x, self.refused = f, x, set()
-        model = getattr(f, "model", None)
-        if model is None:  # a = inf keeps theta0 alone, frozen, and never leaves it
-            model = copy.deepcopy(f.model0)
-            for name, p in model.named_parameters():
-                p.requires_grad_(name in f.names)
-        self.start = self.measure(model)
+        self.f, self.x, self.start = f, x, {}
+        # At a = inf the network never leaves theta0.
+        self.model = f.model if f.alpha < math.inf else copy.deepcopy(f.model0).requires_grad_()
+        for measure in (empirical_ntk, relu_signs, representation):
+            self.try_one(measure, self.start)
 
-    def measure(self, model):
-        found = {}
-        for function in (empirical_ntk, relu_signs, representation):
-            try:
-                found[function.__name__] = function(model, self.x)
-            except ValueError as error:
-                if str(error) not in self.refused:
-                    print(f"warning: not measured: {error}", flush=True)
-                self.refused.add(str(error))
-        return found
+    def try_one(self, measure, found):
+        try:
+            found[measure] = measure(self.model, self.x)
+        except ValueError as error:
+            print(f"warning: not measured: {error}", flush=True)
 
     def __call__(self):
-        now = self.start if self.f.alpha == math.inf else self.measure(self.f.model)
-        record, there = {}, now.keys() & self.start.keys()
-        if "empirical_ntk" in there:
-            record["ntk_alignment"] = kernel_alignment(now["empirical_ntk"], self.start["empirical_ntk"])
-        if "relu_signs" in there:
-            record["sign_similarity"] = sign_similarity(now["relu_signs"], self.start["relu_signs"])
-        if "representation" in there:
-            R, R0 = now["representation"], self.start["representation"]
+        record, now, start = {}, {}, self.start
+        for measure in start:
+            self.try_one(measure, now)
+        if empirical_ntk in now:
+            record["ntk_alignment"] = kernel_alignment(now[empirical_ntk], start[empirical_ntk])
+        if relu_signs in now:
+            record["sign_similarity"] = sign_similarity(now[relu_signs], start[relu_signs])
+        if representation in now:
+            R, R0 = now[representation], start[representation]
             record["repr_alignment"] = representation_alignment(R, R0)
             record["repr_alignment_gram"] = representation_alignment(R, R0, gram=True)
         return {**record, "linearisation_error": linearisation_error(self.f, self.x)}
@@ -1097,24 +1075,18 @@ def identity(o):
             "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
-def check_out(o, args):
-    """Compare every run in --out with `args`; ValueError names a folder that holds another, and the first difference.
-    Returns the names of the folders whose run is by another text of the script."""
-    others = []
-    for path in sorted(pathlib.Path(o.out).glob("alpha=*/args.json")):
-        if compare(path.parent, args).get("script_crc32") != args["script_crc32"]:
-            others.append(path.parent.name)
-    return others
-
-
-def compare(folder, args):
-    """The args.json of a folder. ValueError if it is of another run, by what both know of it, or cannot be read."""
-    there = read_args(folder)
-    for key in args.keys() & there.keys() - FACTS:
-        if there[key] != args[key]:
-            raise ValueError(f"{folder} holds a run with {key} = {there[key]}, not {args[key]}: choose another --out, "
-                             "or delete that folder")
-    return there
+def check_out(out, args, warn=False):
+    """Compare every run in a folder with `args`: ValueError names a folder that holds another run, by what both know of
+    it, and the first difference. warn: another text of the script is a line of warning."""
+    for path in sorted(pathlib.Path(out).glob("alpha=*/args.json")):
+        there = read_args(path.parent)
+        for key in args.keys() & there.keys() - FACTS:
+            if there[key] != args[key]:
+                raise ValueError(f"{path.parent} holds a run with {key} = {there[key]}, not {args[key]}: choose "
+                                 "another --out, or delete that folder")
+        if warn and there.get("script_crc32") != args["script_crc32"]:
+            print(f"warning: {path.parent} is by another text of {args['script']}.py")
+            warn = False
 
 
 def write_args(folder, args):
@@ -1152,10 +1124,10 @@ def read_log(folder):
 def read_runs(folder):
     """The records of every run in a folder, {alpha: {seed: [record, ...]}}, ascending; for notebooks, too.
     ValueError: there are none, one is damaged, or they differ in more than alpha and seed."""
-    runs, first = {}, None
+    runs = {}
     for path in sorted(pathlib.Path(folder).glob("alpha=*_seed=*/log.jsonl")):
-        first = first or read_args(path.parent)
-        compare(path.parent, first)
+        if not runs:
+            check_out(folder, read_args(path.parent))
         alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
         runs.setdefault(float(alpha), {})[int(seed)] = read_log(path.parent)
     if not runs:
@@ -1355,8 +1327,8 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
         word = "holds in these runs"
     elif low["high"] < 0 and lower["high"] < 0:
         word = "is contradicted by these runs"
-    return (f"The claim that {claim} {word}: {quantity} at alpha = {rich:g} minus that at alpha = {lazy:g} is {cell(low)} "
-            f"at {on} {low['level']:g} and {cell(lower)} at {on} {lower['level']:g} (n = {low['n']}; {about}).")
+    return (f"The claim that {claim} {word}: {quantity} at alpha = {rich:g} minus that at alpha = {lazy:g} is "
+            f"{cell(low)} at {on} {low['level']:g} and {cell(lower)} at {on} {lower['level']:g} (n = {low['n']}; {about}).")
 
 
 def cell(row):
@@ -1372,7 +1344,8 @@ def print_table(title, rows, pairs, on, quantity):
     columns = {}  # {header: {level: text}}
     for alpha in sorted({row["alpha"] for row in rows}):
         values = by_level(rows, alpha, on, quantity)
-        columns[f"alpha = {alpha:g}"] = {level: f"{np.mean(values[level]):.3f} ({len(values[level])})" for level in values}
+        texts = {level: f"{np.mean(found):.3f} ({len(found)})" for level, found in values.items()}
+        columns[f"alpha = {alpha:g}"] = texts
     for row in where(pairs, on=on, quantity=quantity):
         header = f"{row['alpha']:g} - {row['minus']:g}"
         columns.setdefault(header, {})[row["level"]] = f"{cell(row)} ({row['n']})"
@@ -1424,8 +1397,8 @@ def draw_differences(ax, pairs, on, quantity):
     ax.axhline(0, color="black", linewidth=.8)
     read = where(pairs, on=on, quantity=quantity)
     for k, alpha in enumerate(sorted({row["alpha"] for row in read})):
-        found = np.array([[row["level"], row["mean"], row["low"], row["high"]] for row in where(read, alpha=alpha)], float)
-        level, mean, low, high = found.T  # None, below three runs, becomes nan
+        found = [(row["level"], row["mean"], row["low"], row["high"]) for row in where(read, alpha=alpha)]
+        level, mean, low, high = np.array(found, float).T  # None, below three runs, becomes nan
         ax.errorbar(level * (1 - .012 * k), mean, [mean - low, high - mean], linestyle="", **look(alpha))
     to_the_right(ax, on)
 
@@ -1513,7 +1486,6 @@ def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
     """An argparse type: a number of a kind (int or float) within bounds."""
     named = (("at least", at_least), ("above", above), ("below", below))
     bounds = " and ".join(f"{word} {bound}" for word, bound in named if abs(bound) < math.inf)
-    what = f"{'a whole number' if kind is int else 'a number'} {bounds}"
 
     def convert(text):
         try:
@@ -1521,8 +1493,9 @@ def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
         except ValueError:
             value = math.nan
         if not (at_least <= value and above < value < below):
+            what = "a whole number" if kind is int else "a number"
             hint = " (separate several by spaces)" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text}{hint}")
+            raise argparse.ArgumentTypeError(f"must be {what} {bounds}, not {text}{hint}")
         return value
 
     return convert
@@ -1624,9 +1597,7 @@ def sweep(o, load, run, conclude, draw):
         pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
         images = load(o)
         o.data_crc32 = crc32(np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray)))
-        others = check_out(o, identity(o))
-        if others:
-            print(f"warning: {len(others)} run(s) in {o.out} are by another text of {o.script}.py: {', '.join(others)}")
+        check_out(o.out, identity(o), warn=True)
         missing = [pair for pair in share_of_rank(pairs) if needs_training(folder_of(o, *pair), o)]
         for _ in side_by_side(o, functools.partial(train, load, run, o), missing, threads=1 if o.quick else None):
             pass
@@ -1639,12 +1610,10 @@ def sweep(o, load, run, conclude, draw):
     o.dataset, o.loss = args["dataset"], args.get("loss", o.loss)  # earlier versions did not name the loss
     o.about = ", ".join([args["network"], o.loss] if "network" in args else [o.loss])
     rows, pairs, conclusion = conclude(o, runs)
+    draw(o, rows, pairs)
     diverged = []
     for alpha, seeds in runs.items():
-        for seed, records in seeds.items():
-            if records[-1].get("ended") == "diverged":
-                diverged.append(folder_of(o, alpha, seed).name)
-    draw(o, rows, pairs)
+        diverged += [folder_of(o, alpha, seed).name for seed in seeds if seeds[seed][-1].get("ended") == "diverged"]
     return write_summary(o, args, rows, pairs, diverged, conclusion)
 
 
@@ -1679,8 +1648,7 @@ def side_by_side(o, work, tasks, threads=None):
     jobs = max(1, min(jobs, len(tasks)))
     work = functools.partial(exactly, work, threads or max(1, min(torch.get_num_threads(), cores) // jobs))
     if jobs == 1:
-        for task in tasks:
-            yield work(*task)
+        yield from itertools.starmap(work, tasks)
         return
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     numbers = context.SimpleQueue()
@@ -1691,9 +1659,8 @@ def side_by_side(o, work, tasks, threads=None):
             for future in concurrent.futures.as_completed([pool.submit(work, *task) for task in tasks]):
                 yield future.result()
         except concurrent.futures.BrokenExecutor:
-            raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the "
-                          "line if __name__ == '__main__'); the same command goes on, fewer --jobs need less memory"
-                          ) from None
+            raise OSError("a process of --jobs has died (killed, or out of memory): the same command goes on, fewer "
+                          "--jobs need less memory") from None
         finally:
             for child in set(multiprocessing.active_children()) - others:
                 child.kill()

@@ -315,7 +315,8 @@ def animate(o):
                 ax.contourf(probability, np.linspace(0, 1, 21), cmap="RdBu_r", vmin=-.3, vmax=1.3, **PLANE)
                 ax.contour(probability, levels=[.5], colors="black", linewidths=1.5, **PLANE)
                 draw_task(ax, o, size=30)
-                title = f"{names.get(alpha, '')}{common.look(alpha)["label"]}\niteration {iteration}"
+                label = common.look(alpha)["label"]
+                title = f"{names.get(alpha, '')}{label}\niteration {iteration}"
                 ax.set(xticks=[], yticks=[], title=title)
             writer.grab_frame()
         common.progress(f"toy.gif: {len(levels)} frames are drawn, to training loss {levels[-1]:.2f}")
@@ -352,8 +353,7 @@ def main(*words, **options):
     if not o.draw_only:
         o.data_crc32 = common.crc32(x.numpy() for x in points(0, o))
         args = {**common.identity(o), "network": "MLP"}
-        for other in common.check_out(o, args):
-            print(f"warning: {o.out}/{other} is by another text of toy.py")
+        common.check_out(o.out, args, warn=True)
         train_missing(o, args)
     found = read(o.out)
     if not found:
@@ -361,7 +361,7 @@ def main(*words, **options):
     if not o.draw_only and any(alpha not in found or len(found[alpha]["runs"]) < o.runs for alpha in o.alpha):
         return {}  # another process of torchrun is still at work, and will draw
     args = common.read_args(pathlib.Path(o.out) / f"alpha={min(found):g}")
-    common.check_out(o, args)  # no figure of runs that differ in more than alpha
+    common.check_out(o.out, args)  # no figure of runs that differ in more than alpha
     o.extra_dims, o.iterations, o.lr, o.loss = (args[name] for name in ("extra_dims", "iterations", "lr", "loss"))
     o.about = f"{args['network']}, {o.loss}"
     rows, pairs, conclusion = conclude(o, found)

@@ -190,14 +190,14 @@ def test_the_verdict_needs_both_of_the_two_lowest_levels():
     assert "One alpha" in common.verdict({1.0: {0: run(1)}}, rows, [], "mean_train_loss", "gap", "", "")
 
 
-def test_tables_name_n_where_it_is_below_the_headers(capsys):
+def test_every_cell_of_a_table_names_n(capsys):
     runs = {1.0: {0: run(3), 1: run(5)}, 100.0: {0: run(1), 1: run(2, count=20)}}
     rows = common.readings(runs)
     common.print_table("Title", rows, common.differences(rows, ["gap"]), "mean_train_loss", "gap")
     lines = capsys.readouterr().out.splitlines()
-    assert "alpha = 1 (n = 2)" in lines[2] and "1 - 100 (n = 2)" in lines[2]
-    last = [line for line in lines if line.startswith(" " * 14 + "0.46")][0]
-    assert "(1)" in last and last.count("+-") == 1
+    assert lines[2].split() == ["mean_train_loss", "alpha", "=", "1", "alpha", "=", "100", "1", "-", "100"]
+    last, = [line for line in lines if line.startswith(" " * 14 + "0.46")]
+    assert last.split() == ["0.46", "4.000", "(2)", "1.000", "(1)", "+2.000", "(1)"]
 
 
 def test_four_alphas_make_a_picture_of_the_effect_against_alpha(tmp_path):

@@ -258,7 +258,7 @@ def test_another_text_is_a_line_of_warning_and_another_path_is_nothing(trained, 
     other = swapped(tmp_path, '"""Figure 3', '"""Our figure 3')
     other.main(dataset=trained / "tiny.npz", out=tmp_path / "copy" / "run", **{**TINY, "alpha": [10], "epochs": 1})
     warning, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "another text of noisy.py: alpha=1_seed=0" in warning
+    assert warning.endswith("alpha=1_seed=0 is by another text of noisy.py")
 
 
 def test_what_cannot_be_read_or_written_is_one_line_that_names_it(trained, tmp_path, monkeypatch):
