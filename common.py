@@ -371,7 +371,7 @@ class Jacobian:
             if m.bias is not None and m.bias.requires_grad:  # the weight of an input that is always 1
                 used.append(A.new_ones(*A.shape[:2], 1))
             A, T, d, O = torch.cat(used, 2), A.shape[1], A.shape[2], G.shape[3]
-            if T * T * (d + self.C * O) > self.C**2 * O * d:  # many positions: J_c = sum_t G_ct (x) A_t is smaller
+            if T * (d + self.C * O) > self.C * O * d:  # many positions: sum_t G_ct (x) A_t holds fewer numbers
                 G = torch.einsum("ncto,ntd->ncod", G, A).flatten(2)[:, :, None]
                 A = A.new_ones(len(f), 1, 1)
             pairs.append((A, G))
@@ -394,23 +394,24 @@ class Jacobian:
             for j in range(i if symmetric else 0, len(other.x), other.block):
                 right = left if symmetric and i == j else other.factors(j)
                 for (A, G), (B, H) in zip(left, right, strict=True):
-                    K[i:i + self.block, :, j:j + other.block] += self.contract(A, G, B, H)
+                    K[i:i + self.block, :, j:j + other.block] += self.contract(A, G, B, H, right is left)
         if symmetric:
             upper = K.flatten(2).flatten(0, 1)
             K = (upper.triu() + upper.triu(1).T).view(K.shape)
         return K
 
     @staticmethod
-    def contract(A, G, B, H):
+    def contract(A, G, B, H, half):
         """K[i, c, j, e] = sum_ts (A_it . B_js) (G_ict . H_jes), (n, C, m, C): a layer's part of the kernel.
 
-        A (n, T, d), B (m, S, d), G (n, C, T, O), H (m, C, S, O)."""
+        A (n, T, d), B (m, S, d), G (n, C, T, O), H (m, C, S, O). half: both are the same, j < i stays 0."""
         (n, C), m = G.shape[:2], len(H)
         K = G.new_zeros(n, C, m, C)
         for i in range(n):  # an example at a time: nothing of size n m T S is ever held
-            inputs = torch.einsum("td,jsd->jts", A[i], B)
-            weighted = inputs[:, None] @ H  # (m, C, T, O)
-            K[i] = (G[i].flatten(1) @ weighted.flatten(2).flatten(0, 1).T).view(C, m, C)
+            first = i if half else 0
+            inputs = torch.einsum("td,jsd->jts", A[i], B[first:])
+            weighted = inputs[:, None] @ H[first:]  # (m - first, C, T, O)
+            K[i, :, first:] = (G[i].flatten(1) @ weighted.flatten(2).flatten(0, 1).T).view(C, -1, C)
         return K
 
     def pull_back(self, u):
@@ -1328,7 +1329,8 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     elif low["high"] < 0 and lower["high"] < 0:
         word = "is contradicted by these runs"
     return (f"The claim that {claim} {word}: {quantity} at alpha = {rich:g} minus that at alpha = {lazy:g} is "
-            f"{cell(low)} at {on} {low['level']:g} and {cell(lower)} at {on} {lower['level']:g} (n = {low['n']}; {about}).")
+            f"{cell(low)} at {on} {low['level']:g} and {cell(lower)} at {on} {lower['level']:g} (n = {low['n']}; "
+            f"{about}).")
 
 
 def cell(row):
@@ -1400,6 +1402,7 @@ def draw_differences(ax, pairs, on, quantity):
         found = [(row["level"], row["mean"], row["low"], row["high"]) for row in where(read, alpha=alpha)]
         level, mean, low, high = np.array(found, float).T  # None, below three runs, becomes nan
         ax.errorbar(level * (1 - .012 * k), mean, [mean - low, high - mean], linestyle="", **look(alpha))
+    ax.set_title(f"(b) {quantity.replace('_', ' ')}, minus that at the largest α")
     to_the_right(ax, on)
 
 

@@ -31,15 +31,11 @@ import common
 QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=16, width=16, lr=.0008, batch_size=25, probe_examples=25,
              stop_loss=1.35)
 SCORES = "cifar10-cscores-orig-order.npz"
-SCORE_URLS = ["https://pluskid.github.io/structural-regularity/cscores/" + SCORES,
-              "https://raw.githubusercontent.com/pluskid/structural-regularity/HEAD/docs/cscores/" + SCORES]
+SCORES_URL = "https://pluskid.github.io/structural-regularity/cscores/" + SCORES
 loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands here is trained on, probed and compared
 DRAWN = {1: "-", 3: "--", 8: "-.", 10: ":"}  # the deciles of the picture, as in the paper
 PAPER = {1: {1.0: [2.01, 1.46, .51, .32], .5: [1.37, .74, .17, .07]},  # {alpha: {mean training loss: their losses}}
          100: {1.0: [1.72, 1.33, .68, .38], .5: [.92, .68, .32, .15]}}
-
-
-# The data: images, and a score of each.
 
 
 def load(o):
@@ -54,26 +50,18 @@ def load(o):
     return images
 
 
-def fetch_scores(data_dir, labels, urls=SCORE_URLS):
+def fetch_scores(data_dir, labels):
     """The C-scores of the 50,000 CIFAR-10 training images, from data_dir or else from the authors' page."""
     from torchvision.datasets.utils import download_url
-    path = pathlib.Path(data_dir) / SCORES
-    if path.exists():
-        return check_scores(path, labels)  # refused if wrong, but never deleted: it is the user's
-    part = path.with_name(path.stem + ".part.npz")
-    reasons = []
-    for url in urls:
-        try:
-            download_url(url, data_dir, part.name)
-            scores = check_scores(part, labels)  # no checksum was published: the labels are the check
+    path = pathlib.Path(os.path.abspath(data_dir)) / SCORES
+    if not path.exists():
+        part = path.with_name(path.stem + ".part.npz")
+        with common.fetching("C-scores", SCORES_URL, SCORES, path.parent):
+            part.unlink(missing_ok=True)  # torchvision would take it for the file
+            download_url(SCORES_URL, path.parent, part.name)
+            check_scores(part, labels)  # no checksum was published: the labels are the check
             os.replace(part, path)
-            return scores
-        except (OSError, RuntimeError, ValueError) as e:
-            reasons.append(f"{url} ({' '.join(str(getattr(e, 'reason', e)).split())[:200]})")
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(f"C-scores could not be fetched from {' nor '.join(reasons)}. Put {SCORES} into "
-                  f"{os.path.abspath(data_dir)} by hand, or try --dataset synthetic")
+    return check_scores(path, labels)  # refused if wrong, but never deleted: it is the user's
 
 
 def check_scores(path, labels):
@@ -98,9 +86,6 @@ def deciles(score):
     if len(score) < 10 or score.min() == score.max():
         raise ValueError(f"{len(score)} examples with scores from {score.min():g} to {score.max():g} have no deciles")
     return np.array_split(np.argsort(score, kind="stable"), 10)
-
-
-# One run.
 
 
 def run(alpha, seed, images, o):
@@ -151,9 +136,6 @@ def run(alpha, seed, images, o):
         step(i)
 
 
-# What came out.
-
-
 def derive(curve):
     """What follows from the smoothed curves of a run."""
     curve["gap"] = curve["decile_1_loss"] - curve["decile_10_loss"]
@@ -190,7 +172,6 @@ def draw(o, rows, pairs):
                 common.draw_crosses(losses, {alpha: {level: values[k] for level, values in points.items()}})
     losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")
     common.draw_differences(difference, pairs, "mean_train_loss", "gap")
-    difference.set_title(r"(b) gap 1 - 10, minus that at the largest $\alpha$")
     common.draw_linearity(similarity, error, rows, "mean_train_loss")
     common.save_figure(figure, o.out, "cscore")
     common.draw_alphas(o, rows, "mean_train_loss", "gap")

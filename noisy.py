@@ -44,16 +44,15 @@ def run(alpha, seed, images, o):
     noisy = torch.as_tensor(common.draw_some(np.flatnonzero(wrong), o.group_size, seed), device=o.device)
     x, x_test = common.on_device(images["x_train"][keep], o), common.on_device(images["x_test"][:o.group_size], o)
     y, y_true = torch.as_tensor(labels, device=o.device), torch.as_tensor(true_labels, device=o.device)
-    test_labels = images["y_test"][:o.group_size]
-    shift = np.random.default_rng(seed).integers(1, classes, len(test_labels))
-    y_test = torch.as_tensor(test_labels, device=o.device)
-    y_test_wrong = torch.as_tensor((test_labels + shift) % classes, device=o.device)
+    y_test = torch.as_tensor(images["y_test"][:o.group_size], device=o.device)
+    shift = np.random.default_rng(seed).integers(1, classes, len(y_test))
+    y_test_wrong = (y_test + torch.as_tensor(shift, device=o.device)) % classes
 
     # f^alpha(x) = alpha (f_theta(x) - f_theta0(x)), trained at lr / alpha^2.
     with common.seeded("init", seed):
         network = common.resnet18(classes, in_channels=x.shape[1], width=o.width)
-    network = nn.Sequential(common.Standardise(images["mean"], images["std"]), network).to(o.device, o.dtype)
-    f = common.center(network, alpha)
+    network = nn.Sequential(common.Standardise(images["mean"], images["std"]), network)
+    f = common.center(network.to(o.device, o.dtype), alpha)
     optimizer = common.scaled_sgd(f, o.lr, o.momentum)
     f0, f0_test = common.outputs(f.model0, x), common.outputs(f.model0, x_test)  # never change: computed once
 
@@ -101,10 +100,10 @@ def conclude(o, runs):
     if rows and "noisy_minus_control" in rows[0]:
         print(common.verdict(runs, rows, pairs, "clean_loss", "noisy_minus_control",
                              "this is more than better generalisation", o.about))
-    for title, quantity in (("Loss of the wrongly labelled examples", "noisy_loss"),
-                            ("The same minus that of held-out images with wrong labels", "noisy_minus_control"),
-                            ("Test loss", "test_loss")):
-        common.print_table(title, rows, pairs, "clean_loss", quantity)
+    common.print_table("Loss of the wrongly labelled examples", rows, pairs, "clean_loss", "noisy_loss")
+    common.print_table("The same minus that of held-out images with wrong labels", rows, pairs, "clean_loss",
+                       "noisy_minus_control")
+    common.print_table("Test loss", rows, pairs, "clean_loss", "test_loss")
     return rows, pairs, conclusion
 
 
@@ -119,15 +118,14 @@ def draw(o, rows, pairs):
     if "cifar10" in o.dataset:
         common.draw_crosses(losses, PAPER)
     common.draw_differences(difference, pairs, "clean_loss", "noisy_loss")
-    difference.set_title(r"(b) noisy loss, minus that at the largest $\alpha$")
     common.draw_linearity(similarity, error, rows, "clean_loss")
     common.save_figure(figure, o.out, "noisy")
     common.draw_alphas(o, rows, "clean_loss", "noisy_loss")
 
 
 def main(*words, **options):
-    """Train, conclude and draw, with the command line's words, or its options as keywords: main(alpha=[1, 100],
-    quick=True). Returns the summary; raises ValueError or OSError for bad input."""
+    """Train, conclude and draw. words: a command line; options: the same as keywords, main(alpha=[1, 100], quick=True).
+    Returns the summary; raises ValueError or OSError for bad input."""
     parser = common.image_parser(__file__, __doc__)
     parser.add_argument("--noise", type=common.number(float, above=0, below=1), default=.15, metavar="X",
                         help="share of the training labels that are replaced")

