@@ -632,16 +632,11 @@ class Standardise(nn.Module):
 
 @contextlib.contextmanager
 def seeded(what, seed):
-    """Inside the block, layers are initialised from a seed of their own, in float32 on the CPU; afterwards torch's
-    global generator, default dtype and default device are what they were."""
+    """Inside the block, layers are initialised on the CPU from a seed of their own; afterwards torch's global generator
+    and default device are what they were."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
         torch.default_generator.manual_seed(generator(what, seed).initial_seed())
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+        yield
 
 
 def generator(what, seed):

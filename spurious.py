@@ -371,7 +371,8 @@ def conclude(o, runs):
                                 "rich networks lean more on the spurious attribute", o.about)
     print(f"\n{conclusion}\n\nwith, against: the cells with and against the correlation")
     common.print_table("Gap: loss of the cells against minus loss of those with", rows, pairs, "mean_train_loss", "gap")
-    for on, quantity in (("with_acc", "against_acc"), ("test_with_acc", "test_against_acc"), ("mean_train_acc", "test_acc")):
+    for on, quantity in (("with_acc", "against_acc"), ("test_with_acc", "test_against_acc"),
+                         ("mean_train_acc", "test_acc")):
         common.print_table(f"{quantity} where {on} first passes a level", rows, pairs, on, quantity)
     return rows, pairs, conclusion
 

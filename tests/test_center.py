@@ -46,69 +46,6 @@ def test_cached_f0_is_zero_within_rounding_and_gives_the_same_gradient():
     assert all(torch.equal(a, b) and a.any() for a, b in zip(cached, torch.autograd.grad(f(x).sum(), parameters)))
 
 
-@pytest.mark.parametrize("momentum", [0, .9])
-@pytest.mark.parametrize("alpha", [.5, 1, 100])
-def test_steps_equal_the_lr_over_alpha_form(alpha, momentum):
-    """lr / alpha^2 on L(f^a) is lr / alpha on the hand-made gradient J^T l'(f^a), momentum included."""
-    x, y = batch()
-    model = network()
-    twin = copy.deepcopy(model)
-    start = twin(x).detach()
-    f = common.center(model, alpha)
-    optimizer = common.scaled_sgd(f, .1, momentum)
-    velocity = [torch.zeros_like(p) for p in twin.parameters()]
-    for _ in range(20):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(f(x), y).backward()
-        optimizer.step()
-        out = twin(x)
-        fa = (alpha * (out - start)).detach()
-        slope = (fa.softmax(1) - nn.functional.one_hot(y, 3)) / len(x)  # dL / df^a, by hand
-        gradient = torch.autograd.grad(out, list(twin.parameters()), slope)  # J^T slope
-        with torch.no_grad():
-            for p, v, g in zip(twin.parameters(), velocity, gradient):
-                v.mul_(momentum).add_(g)
-                p.sub_(.1 / alpha * v)
-        for p, q in zip(model.parameters(), twin.parameters()):
-            assert torch.allclose(p, q, rtol=1e-10, atol=1e-13)
-
-
-def train_steps(f, x, y, lr=.1, momentum=0.0, steps=30):
-    optimizer = common.scaled_sgd(f, lr, momentum)
-    curve = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        out = f(x)
-        nn.functional.cross_entropy(out, y).backward()
-        optimizer.step()
-        curve.append(out.detach())
-    return torch.stack(curve)
-
-
-def test_growing_alpha_approaches_the_linear_network():
-    x, y = batch()
-    limit = train_steps(common.center(network(), math.inf), x, y, momentum=.9)
-    errors = [(train_steps(common.center(network(), alpha), x, y, momentum=.9) - limit).norm() / limit.norm()
-              for alpha in (10, 100, 1000, 10000)]
-    assert all(a > 5 * b for a, b in zip(errors, errors[1:])) and errors[-1] < 1e-3  # first order in 1 / alpha
-
-
-@pytest.mark.parametrize("momentum", [0.0, .9])
-def test_linearized_training_is_kernel_gradient_descent(momentum):
-    """In function space, with the fixed empirical NTK: f <- f - lr v, v <- momentum v + K l'(f)."""
-    x, y = batch()
-    model = network()
-    K = common.empirical_ntk(model, x).reshape(36, 36)
-    curve = train_steps(common.center(model, math.inf), x, y, .3, momentum, 40)
-    f, v = torch.zeros(36, dtype=torch.float64), torch.zeros(36, dtype=torch.float64)
-    for step in curve:
-        assert torch.allclose(step.flatten(), f, rtol=1e-9, atol=1e-12)
-        slope = (f.view(12, 3).softmax(1) - nn.functional.one_hot(y, 3)) / 12
-        v = momentum * v + K @ slope.flatten()
-        f = f - .3 * v
-    assert f.abs().max() > .5  # it went somewhere
-
-
 @pytest.mark.parametrize("alpha", [0, -1, math.nan, -math.inf, "1", "abc", None, True, [1], 1e200])
 def test_bad_alpha(alpha):
     with pytest.raises(ValueError, match="alpha must be"):
@@ -194,17 +131,6 @@ def test_resnet_is_torchvisions_without_batch_norm():
     assert math.isclose(w.std().item(), math.sqrt(2 / (128 * 9)), rel_tol=.02)  # He-normal, fan-out
 
 
-def test_how_much_of_the_network_can_move_on_32_x_32():
-    """The comment in resnet18: 6.95 M of the parameters never receive a gradient (taps that only ever see padding)."""
-    model = common.resnet18(10).double()
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad():
-        for m in convolutions:  # positive activations everywhere: no ReLU hides a tap
-            m.weight.abs_(), m.bias.abs_()
-    model(torch.rand(4, 3, 32, 32, dtype=torch.float64) + .1)[:, 0].sum().backward()
-    assert sum((m.weight.grad == 0).sum().item() for m in convolutions) == 6_946_816
-
-
 def test_random_in_eval_mode_is_refused_too_and_no_chance_is_not():
     with pytest.raises(ValueError, match="FractionalMaxPool2d"):
         common.center(nn.Sequential(nn.FractionalMaxPool2d(2, 3)).eval(), 1)
@@ -281,14 +207,6 @@ def test_alpha_inf_is_the_jacobian_of_autograd_times_delta(make):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.allclose(f(x), out) and not f(x).requires_grad
-
-
-@pytest.mark.parametrize("alpha", [1, math.inf])
-def test_runs_on_the_meta_device(alpha):
-    f = common.center(common.resnet18(10).to("meta"), alpha)
-    optimizer = common.scaled_sgd(f, .1, .9)
-    f(torch.zeros(4, 3, 32, 32, device="meta")).sum().backward()
-    optimizer.step()
 
 
 # --- what people bring ---

@@ -38,8 +38,8 @@ def test_load(monkeypatch):
 @pytest.mark.parametrize("case, words", [
     ("good", None), ("other order", "50 of 50 labels differ"), ("too few", "need arrays"), ("nan", "must be finite"),
     ("complex", "must be finite"), ("flipped", "readable"), ("cut", "readable"), ("empty", "readable")])
-def test_scores(tmp_path, case, words):
-    """Put there by hand, and downloaded: what is wrong is refused in one line. Nothing is left of a download then."""
+def test_scores(tmp_path, monkeypatch, case, words):
+    """Put there by hand, and downloaded: what is wrong is refused in one line, and never taken for the file."""
     labels, scores = np.arange(50) % 10, np.linspace(0, 1, 50)
     theirs = {"other order": np.roll(labels, 1), "too few": labels[1:]}.get(case, labels)
     wrong = {"nan": np.where(labels == 3, np.nan, scores), "complex": scores * 1j}.get(case, scores)
@@ -53,18 +53,19 @@ def test_scores(tmp_path, case, words):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=mine.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=[.01], daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        urls = [f"{address}/gone.npz", f"{address}/{mine.name}"]  # the first is not found
+        monkeypatch.setattr(cscore, "SCORES_URL", f"http://127.0.0.1:{server.server_port}/{mine.name}")
+        data.mkdir()
+        (data / "cifar10-cscores-orig-order.part.npz").write_bytes(b"left by an earlier call")
         if words is None:
-            for folder, source in ((mine.parent, []), (data, urls), (data, [])):  # at last from the disk
-                assert np.array_equal(cscore.fetch_scores(folder, labels, source), scores)
+            for folder in (mine.parent, data, data):  # at last from the disk
+                assert np.array_equal(cscore.fetch_scores(folder, labels), scores)
             assert [path.name for path in data.iterdir()] == [cscore.SCORES]
         else:
             with pytest.raises(ValueError, match=words):
-                cscore.fetch_scores(mine.parent, labels, [])
-            with pytest.raises(OSError, match=f"{urls[0]} .*not found.*{urls[1]} .*{words}.* into {data} by") as error:
-                cscore.fetch_scores(data, labels, urls)
-            assert "\n" not in str(error.value) and not list(data.iterdir())
+                cscore.fetch_scores(mine.parent, labels)
+            with pytest.raises(OSError, match=f"{cscore.SCORES_URL} .*{words}.* into {data} by") as error:
+                cscore.fetch_scores(data, labels)
+            assert "\n" not in str(error.value) and not (data / cscore.SCORES).exists()
         server.shutdown()
     assert mine.read_bytes() == before  # refused, not deleted
 

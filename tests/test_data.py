@@ -47,13 +47,6 @@ def test_npz_round_trip(tiny):
     assert np.allclose(x, (A["x_train"] / 255 - pixels.mean(0)) / pixels.std(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_scores_have_one_type_whatever_the_file_holds(tmp_path, kind):
-    """Else the data's checksum, which says whether a folder holds the same run, would depend on it."""
-    np.savez(tmp_path / "mine.npz", **{**A, "score_train": A["score_train"].round(1).astype(kind)})
-    assert common.load_images(tmp_path / "mine.npz")["score_train"].dtype == np.float64
-
-
 def test_what_is_possible_is_taken(tmp_path):
     """The extremes, other integer and float types, and grey images."""
     images = common.load_images(save(tmp_path, x_train=A["x_train"][..., 0], x_test=A["x_test"][..., 0], mean=[1.0],
@@ -61,6 +54,7 @@ def test_what_is_possible_is_taken(tmp_path):
                                      attribute_train=A["attribute_train"] > 0, attribute_test=np.ones(30)))
     assert images["x_train"].shape == (60, 8, 8, 1) and np.array_equal(images["y_train"], A["y_train"])
     assert images["mean"] == [1.0] and images["std"] == [.5] and images["score_train"].min() == -30
+    assert images["score_train"].dtype == np.float64  # one type, so one checksum of the same data
     assert images["attribute_train"].tolist() == [0, 1] * 30 and images["attribute_test"].dtype == np.int64
 
 
@@ -87,8 +81,7 @@ def test_impossible_arrays(tmp_path, name, words, values):
 
 
 def test_damaged_files(tiny):
-    """Also two hundred seeded mutations: every outcome is a data set or one line that names the file."""
-    data, rng, refusals = tiny.read_bytes(), np.random.default_rng(0), 0
+    data = tiny.read_bytes()
     header, huge = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 1)})
     with zipfile.ZipFile(huge, "w") as archive:
@@ -96,18 +89,6 @@ def test_damaged_files(tiny):
     for content in (data[:len(data) // 2], b"", b"hello\n" * 100, b"\x80\x04N.", huge.getvalue(), header.getvalue()):
         tiny.write_bytes(content)
         refused("tiny.npz: not a readable .npz file", common.load_images, str(tiny))
-    for _ in range(200):
-        mutant = bytearray(data)
-        for _ in range(rng.integers(1, 6)):
-            place = rng.integers(len(mutant))
-            mutant[place:place + rng.integers(0, 50)] = rng.bytes(rng.integers(0, 50))
-        tiny.write_bytes(mutant)
-        try:
-            common.load_images(str(tiny))
-        except (ValueError, OSError) as error:
-            refusals += 1
-            assert "tiny.npz" in str(error) and "\n" not in str(error)
-    assert refusals > 130
     refused("No such file.*none.npz", common.load_images, "none.npz")
     refused("must be cifar10, synthetic or a file FILE.npz", common.load_images, "mnist")
 

@@ -84,9 +84,6 @@ def test_links_and_pictures_exist():
     assert len(relative) > 4
     for link in relative:
         assert (ROOT / link).exists(), link
-    headings = re.findall(r"^#+ (.*)$", README, re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-    assert {a for a in re.findall(r"\]\(#([^)]+)\)", README)} <= anchors
 
 
 def plain(text):
@@ -222,12 +219,6 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", section_names())
 def test_pasted_elsewhere(name):
     assert torch.equal(EXAMPLES[name](pasted(name)), EXAMPLES[name](getattr(common, name)))
-
-
-def test_public_names_are_documented():
-    for name, value in vars(common).items():
-        if inspect.isfunction(value) and value.__module__ == "common" and not name.startswith("_"):
-            assert value.__doc__ or len(inspect.getsource(value).splitlines()) <= 3, name
 
 
 def test_importing_does_no_work():

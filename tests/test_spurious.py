@@ -178,27 +178,6 @@ def test_waterbirds_archive(waterbirds, tmp_path, monkeypatch):
         assert sorted(os.listdir(new)) == [WATERBIRDS, archive]
 
 
-@pytest.mark.parametrize("kind, name, target", [
-    (tarfile.REGTYPE, "SCRATCH/stolen", ""), (tarfile.REGTYPE, "../scratch/stolen", ""),
-    (tarfile.SYMTYPE, f"{WATERBIRDS}/link", "SCRATCH"), (tarfile.SYMTYPE, f"{WATERBIRDS}/link", "../../../scratch"),
-    (tarfile.LNKTYPE, f"{WATERBIRDS}/h", "SCRATCH/secret"), (tarfile.FIFOTYPE, f"{WATERBIRDS}/two\nlines", "")])
-def test_hostile_archives(tmp_path, kind, name, target):
-    """Each comes behind a table; whatever becomes of it, nothing is written or linked outside."""
-    new, scratch = tmp_path / "new", tmp_path / "scratch"
-    for folder in (new, scratch):
-        folder.mkdir()
-    (scratch / "secret").write_text("mine")
-    with tarfile.open(new / f"{WATERBIRDS}.tar.gz", "w:gz") as tar:
-        for member, link in ((f"{WATERBIRDS}/metadata.csv", ""), (name, target), (f"{WATERBIRDS}/link/stolen", "")):
-            info = tarfile.TarInfo(member.replace("SCRATCH", str(scratch)))
-            info.linkname = link.replace("SCRATCH", str(scratch))
-            info.type = kind if member == name else tarfile.REGTYPE
-            tar.addfile(info)
-    refused(f"could not be had.*{WATERBIRDS}.tar.gz|waterbirds: needs labels", load, "waterbirds", new)
-    assert os.listdir(scratch) == ["secret"] and (scratch / "secret").stat().st_nlink == 1
-    assert (scratch / "secret").read_text() == "mine"
-
-
 def test_cells_unequal_and_empty():
     y, attribute = np.repeat([0, 0, 1, 1], [200, 3, 56, 300]), np.repeat([0, 1, 0, 1], [200, 3, 56, 300])
     number = np.arange(len(y))

@@ -3,9 +3,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ import torch.nn.functional as F
 
 import common
 import toy
-from conftest import ROOT
 
 TINY = dict(alpha=[1, 5], runs=5, chunk=2, width=12, lr=1.0, iterations=300, dtype="float64", device="cpu")
 
@@ -72,20 +68,6 @@ def test_training_as_one_equals_plain_loops(alpha):
         marks = [mark for mark in toy.curve_marks(o.iterations) if mark < len(losses)]
         np.testing.assert_allclose(curves[run], [losses[mark] for mark in marks], rtol=1e-9)
     assert not found  # alone, each passes the same levels
-
-
-def test_linear_limit_is_kernel_gradient_descent():
-    """Independent of the tangent's code: in function space f <- f - lr K dL/df with the NTK at theta0."""
-    o, curves = options(iterations=120), {0: [], 1: []}
-    assert not list(toy.train([0, 1], math.inf, o, [.1], curves))
-    for run in (0, 1):
-        _, _, x, y = plain_run(run, 1, o)
-        K = common.empirical_ntk(toy.network(run, o), x)[:, 0, :, 0].detach()
-        f, losses = torch.zeros_like(y), []
-        for _ in range(o.iterations + 1):
-            losses.append(toy.loss_of(-y * f).mean().item())
-            f = f - o.lr * K @ (-y * torch.sigmoid(-y * f) / len(y))
-        np.testing.assert_allclose(curves[run], np.array(losses)[toy.curve_marks(o.iterations)], rtol=1e-9)
 
 
 def test_labels_and_grid():
@@ -152,12 +134,6 @@ def test_a_run_that_diverges_is_reported_and_leaves_the_others_alone(whole, tmp_
     np.testing.assert_allclose(kept[others], healthy[others], rtol=1e-6)
 
 
-def test_many_alphas_draw_the_effect_against_alpha(tmp_path):
-    toy.main(**{**TINY, "alpha": [.5, 1, 5, "inf"], "runs": 3, "width": 20, "lr": .8}, out=str(tmp_path))
-    assert (tmp_path / "toy_alphas.png").stat().st_size > 5000
-    toy.main(out=str(tmp_path), draw_only=True)  # as the runs that are there were
-
-
 @pytest.mark.slow
 def test_quick_shows_the_effect_and_the_animation(tmp_path):
     summary = toy.main(quick=True, animate=True, out=str(tmp_path), device="cpu")
@@ -175,18 +151,6 @@ def test_chunks_jobs_and_the_order_of_runs_do_not_matter(whole, tmp_path):
     names = sorted(path.stem for path in (tmp_path / "two" / "alpha=5").glob("*.npz"))
     assert len(before) == 2 and names == ["runs=0-1", "runs=2-2", "runs=3-3", "runs=4-4"]  # chunks by the runs' numbers
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())
-
-
-def test_killed_run_continues(whole, tmp_path):
-    words = ("--alpha 1 5 --runs 5 --chunk 2 --width 12 --lr 1 --iterations 300 --dtype float64 --device cpu --jobs 1 "
-             f"--out {tmp_path}").split()  # TINY
-    process = subprocess.Popen([sys.executable, str(ROOT / "toy.py"), *words], stdout=subprocess.DEVNULL)
-    while not list(tmp_path.rglob("runs=2-3.npz")) and process.poll() is None:
-        time.sleep(.005)
-    process.kill()
-    process.wait()
-    toy.main(**TINY, out=str(tmp_path))
-    assert_same(whole, tmp_path)
 
 
 @pytest.mark.parametrize("option, value", [("lr", .4), ("width", 9), ("iterations", 200), ("dtype", "float32")])
