@@ -1204,8 +1204,9 @@ def value_at(level, loss, quantity, rising=False):
     """`quantity` where `loss` first passes `level`, on a line between the two probes around it; None if it does not.
 
     rising: `loss` is an accuracy, and its first upward passage after its lowest value counts. Arrays (n,), smoothed."""
-    if rising:
-        loss, quantity, level = -loss[np.argmin(loss):], quantity[np.argmin(loss):], -level
+    if rising and len(loss):
+        lowest = np.argmin(loss)
+        loss, quantity, level = -loss[lowest:], quantity[lowest:], -level
     passed = np.flatnonzero(loss <= level)
     if len(passed) == 0 or passed[0] == 0:
         return None
@@ -1235,8 +1236,8 @@ def readings(runs, derive=dict, on=("mean_train_loss",), accuracies=()):
     levels += [(key, level) for key in accuracies for level in (.8, .85, .9, .95)]
     for alpha, seeds in runs.items():
         for seed, records in seeds.items():
-            columns = derive(curve(records)) if len(records) > 2 else {}
-            for key, level in levels if columns else []:
+            columns = derive(curve(records))
+            for key, level in levels:
                 row = {"alpha": alpha, "seed": seed, "on": key, "level": level}
                 for name, column in sorted(columns.items()):
                     row[name] = value_at(level, columns[key], column, rising=key in accuracies)
@@ -1308,7 +1309,7 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     rich, lazy = rich_and_lazy(runs)
     if rich == lazy:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    passed, read = [by_level(rows, alpha, on, on) for alpha in (rich, lazy)], []
+    passed, read = [by_level(rows, alpha, on, "level") for alpha in (rich, lazy)], []
     for row in sorted(where(pairs, alpha=rich, on=on, quantity=quantity), key=lambda row: row["level"]):
         if all(len(levels.get(row["level"], [])) == len(runs[alpha]) for alpha, levels in zip((rich, lazy), passed)):
             read.append(row)
