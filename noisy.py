@@ -85,7 +85,7 @@ def run(alpha, seed, images, o):
 def derive(curve):
     """What follows from the smoothed curves of a run: the gap, and how far the noise is learnt beyond the control."""
     curve["gap"] = curve["noisy_loss"] - curve["clean_loss"]
-    if "held_out_wrong_loss" in curve:  # records of earlier versions have no control
+    if "held_out_wrong_loss" in curve:
         curve["noisy_minus_control"] = curve["noisy_loss"] - curve["held_out_wrong_loss"]
     return curve
 
@@ -97,7 +97,7 @@ def conclude(o, runs):
     conclusion = common.verdict(runs, rows, pairs, "clean_loss", "noisy_loss", "rich networks learn wrong labels later",
                                 o.about)
     print(f"\n{conclusion}")
-    if rows and "noisy_minus_control" in rows[0]:
+    if common.where(pairs, quantity="noisy_minus_control"):  # records of earlier versions have no control
         print(common.verdict(runs, rows, pairs, "clean_loss", "noisy_minus_control",
                              "this is more than better generalisation", o.about))
     common.print_table("Loss of the wrongly labelled examples", rows, pairs, "clean_loss", "noisy_loss")
