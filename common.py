@@ -370,7 +370,8 @@ class Jacobian:
                 used.append(A)
             if m.bias is not None and m.bias.requires_grad:  # the weight of an input that is always 1
                 used.append(A.new_ones(*A.shape[:2], 1))
-            A, T, d, O = torch.cat(used, 2), A.shape[1], A.shape[2], G.shape[3]
+            A = torch.cat(used, 2)
+            (T, d), O = A.shape[1:], G.shape[3]
             if T * (d + self.C * O) > self.C * O * d:  # many positions: sum_t G_ct (x) A_t holds fewer numbers
                 G = torch.einsum("ncto,ntd->ncod", G, A).flatten(2)[:, :, None]
                 A = A.new_ones(len(f), 1, 1)
@@ -433,8 +434,7 @@ class Jacobian:
         unless all u, or all v, are nearly orthogonal to it. For y = x, the same four serve as u and v.
         """
         generator = torch.Generator().manual_seed(0)  # of its own
-        u = torch.randn(4, *K.shape[:2], generator=generator, dtype=torch.float64).to(K)
-        v = u
+        u = v = torch.randn(4, *K.shape[:2], generator=generator, dtype=torch.float64).to(K)
         pulled = [self.pull_back(u)]
         if other is not self:
             v = torch.randn(4, *K.shape[2:], generator=generator, dtype=torch.float64).to(K)
@@ -990,22 +990,22 @@ class Linearity:
     that the network does not admit (no nn.ReLU: no signs) is said once and left out."""
 
     def __init__(self, f, x):
-        self.f, self.x, self.start = f, x, {}
-        # At a = inf the network never leaves theta0.
+        self.f, self.x = f, x
         self.model = f.model if f.alpha < math.inf else copy.deepcopy(f.model0).requires_grad_()
-        for measure in (empirical_ntk, relu_signs, representation):
-            self.try_one(measure, self.start)
+        self.start = self.measure((empirical_ntk, relu_signs, representation))
 
-    def try_one(self, measure, found):
-        try:
-            found[measure] = measure(self.model, self.x)
-        except ValueError as error:
-            print(f"warning: not measured: {error}", flush=True)
+    def measure(self, functions):
+        found = {}
+        for function in functions:
+            try:
+                found[function] = function(self.model, self.x)
+            except ValueError as error:
+                print(f"warning: not measured: {error}", flush=True)
+        return found
 
     def __call__(self):
-        record, now, start = {}, {}, self.start
-        for measure in start:
-            self.try_one(measure, now)
+        record, start = {}, self.start
+        now = start if self.f.alpha == math.inf else self.measure(start)  # at a = inf the network stays at theta0
         if empirical_ntk in now:
             record["ntk_alignment"] = kernel_alignment(now[empirical_ntk], start[empirical_ntk])
         if relu_signs in now:
@@ -1274,8 +1274,9 @@ def differences(rows, quantities):
                 paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(row[name] - other[name])
     result = []
     for (alpha, on, level, name), values in paired.items():
-        result.append({"alpha": alpha, "minus": largest, "on": on, "level": level, "quantity": name,
-                       **dict(zip(("mean", "low", "high"), interval(values))), "n": len(values)})
+        mean, low, high = interval(values)
+        result.append({"alpha": alpha, "minus": largest, "on": on, "level": level, "quantity": name, "mean": mean,
+                       "low": low, "high": high, "n": len(values)})
     return result
 
 
@@ -1309,14 +1310,16 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     rich, lazy = rich_and_lazy(runs)
     if rich == lazy:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    passed, read = [by_level(rows, alpha, on, "level") for alpha in (rich, lazy)], []
+    by_rich, by_lazy = by_level(rows, rich, on, "level"), by_level(rows, lazy, on, "level")
+    read = []
     for row in sorted(where(pairs, alpha=rich, on=on, quantity=quantity), key=lambda row: row["level"]):
-        if all(len(levels.get(row["level"], [])) == len(runs[alpha]) for alpha, levels in zip((rich, lazy), passed)):
+        level = row["level"]  # passed by every run?
+        if len(by_rich.get(level, [])) == len(runs[rich]) and len(by_lazy.get(level, [])) == len(runs[lazy]):
             read.append(row)
     if len(read) < 2:
         return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
                 "(--epochs); where the loss does not fall, try a smaller --lr.")
-    low, lower = read[1::-1]
+    lower, low = read[:2]
     word = "is not shown by these runs"
     if low["n"] < 3:
         word = "is not judged (an interval takes three seeds)"
@@ -1658,8 +1661,9 @@ def side_by_side(o, work, tasks, threads=None):
             for future in concurrent.futures.as_completed([pool.submit(work, *task) for task in tasks]):
                 yield future.result()
         except concurrent.futures.BrokenExecutor:
-            raise OSError("a process of --jobs has died (killed, or out of memory): the same command goes on, fewer "
-                          "--jobs need less memory") from None
+            raise OSError("a process of --jobs has died (killed, out of memory, or started from a script without the "
+                          "line if __name__ == '__main__'); the same command goes on, fewer --jobs need less memory"
+                          ) from None
         finally:
             for child in set(multiprocessing.active_children()) - others:
                 child.kill()

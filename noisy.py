@@ -51,8 +51,8 @@ def run(alpha, seed, images, o):
     # f^alpha(x) = alpha (f_theta(x) - f_theta0(x)), trained at lr / alpha^2.
     with common.seeded("init", seed):
         network = common.resnet18(classes, in_channels=x.shape[1], width=o.width)
-    network = nn.Sequential(common.Standardise(images["mean"], images["std"]), network)
-    f = common.center(network.to(o.device, o.dtype), alpha)
+    network = nn.Sequential(common.Standardise(images["mean"], images["std"]), network).to(o.device, o.dtype)
+    f = common.center(network, alpha)
     optimizer = common.scaled_sgd(f, o.lr, o.momentum)
     f0, f0_test = common.outputs(f.model0, x), common.outputs(f.model0, x_test)  # never change: computed once
 
@@ -124,8 +124,8 @@ def draw(o, rows, pairs):
 
 
 def main(*words, **options):
-    """Train, conclude and draw. words: a command line; options: the same as keywords, main(alpha=[1, 100], quick=True).
-    Returns the summary; raises ValueError or OSError for bad input."""
+    """Train, conclude and draw, with the command line's words, or its options as keywords: main(alpha=[1, 100],
+    quick=True). Returns the summary; raises ValueError or OSError for bad input."""
     parser = common.image_parser(__file__, __doc__)
     parser.add_argument("--noise", type=common.number(float, above=0, below=1), default=.15, metavar="X",
                         help="share of the training labels that are replaced")
