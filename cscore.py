@@ -129,8 +129,7 @@ def run(alpha, seed, images, o):
             record[f"test_{what}"] = sum(record[f"test_decile_{d}_{what}"] for d in range(1, 11)) / 10
         return record
 
-    linearity = common.Linearity(f, x_test[:o.probe_examples])
-    training = common.Run(o, seed, f, optimizer, len(y), linearity)
+    training = common.Run(o, seed, f, optimizer, len(y), common.Linearity(f, x_test[:o.probe_examples]))
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
     for i in training.minibatches(probe):
         step(i)

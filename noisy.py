@@ -28,10 +28,6 @@ loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands 
 PAPER = {1: {1.0: 3.09, .5: 2.20}, 100: {1.0: 2.44, .5: 1.35}}  # {alpha: {clean loss: noisy loss}}
 
 
-def load(o):
-    return common.load_images(o.dataset, o.data_dir)
-
-
 def run(alpha, seed, images, o):
     """Train f^alpha from one seed; its records go to OUT/alpha=ALPHA_seed=SEED/log.jsonl."""
     # The data, and the groups that are watched: the same for every alpha.
@@ -75,8 +71,7 @@ def run(alpha, seed, images, o):
                 (1 - wrong.mean()) * record[f"clean_{what}"] + wrong.mean() * record[f"noisy_{what}"])
         return record
 
-    linearity = common.Linearity(f, x_test[:o.probe_examples])
-    training = common.Run(o, seed, f, optimizer, len(y), linearity)
+    training = common.Run(o, seed, f, optimizer, len(y), common.Linearity(f, x_test[:o.probe_examples]))
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
     for i in training.minibatches(probe):
         step(i)
@@ -131,7 +126,7 @@ def main(*words, **options):
                         help="share of the training labels that are replaced")
     o = common.parse(parser, QUICK, words, options)
     o.loss = common.name_of(loss_of)
-    return common.sweep(o, load, run, conclude, draw)
+    return common.sweep(o, lambda o: common.load_images(o.dataset, o.data_dir), run, conclude, draw)
 
 
 if __name__ == "__main__":
