@@ -1552,7 +1552,7 @@ def image_parser(file, doc):
     return made
 
 
-def parse(made, quick, words, options):
+def parse(made, quick, loss, words, options):
     """One call's options as a namespace: the parser's defaults, then those of --quick, then words (a command line) and
     options (keywords), which go through the same parser. Raises ValueError, one line, for whatever is wrong."""
     words = list(words)
@@ -1573,6 +1573,7 @@ def parse(made, quick, words, options):
         if torch.cuda.is_available():  # under torchrun each process has its own
             o.device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     o.alpha, o.device, o.dtype = sorted(set(o.alpha)), torch.device(o.device), getattr(torch, o.dtype)
+    o.loss = name_of(loss)
     if "seeds" in o:
         o.seeds = sorted(set(o.seeds))
     if o.dtype == torch.float32 and not o.draw_only and any(1000 <= alpha < math.inf for alpha in o.alpha):
@@ -1639,10 +1640,7 @@ def side_by_side(o, work, tasks, threads=None):
         yield from itertools.starmap(work, tasks)
         return
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-    numbers = context.SimpleQueue()
-    for k in range(jobs):
-        numbers.put(k)
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, start_child, (numbers,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, start_child) as pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(work, *task) for task in tasks]):
                 yield future.result()
@@ -1667,10 +1665,11 @@ def exactly(work, threads, *task):
         torch.set_num_threads(before)
 
 
-def start_child(numbers):
+def start_child():
     """In a child of --jobs: its GPU; its end when the parent's comes; Ctrl-C is the parent's business."""
-    if torch.cuda.device_count():
-        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
+    if torch.cuda.is_available():
+        number = int(multiprocessing.current_process().name.split("-")[-1])  # SpawnProcess-1, -2, ...
+        torch.cuda.set_device(number % torch.cuda.device_count())
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

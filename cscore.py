@@ -1,7 +1,7 @@
 """Figure 2 of "Lazy vs hasty": CIFAR-10 by difficulty, measured by C-score.
 
     python cscore.py --quick                    a demonstration on synthetic images, no download
-    python cscore.py --alpha 1 100              the paper's figure (downloads CIFAR-10 and the C-scores)
+    python cscore.py --alpha 1 100              the paper's figure (downloads CIFAR-10); 2 minutes an epoch on a CPU
     python cscore.py --dataset FILE.npz         your own images, with score_train and score_test
 
 The claim: at an equal mean training loss, the rich network (alpha = 1) is further ahead on easy examples and further
@@ -11,8 +11,7 @@ The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well n
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
 
---quick took 59 seconds on two idle CPU cores (AMD EPYC, 2026-11-27), 237 on busy ones, an epoch of 40,000 images 90 to
-120 on one; not timed on a GPU. It prints, and then the tables,
+--quick took 59 seconds on two idle CPU cores (AMD EPYC, 2026-11-27), 237 on busy ones. It prints, before the tables,
 
     The claim that rich networks lag more on hard deciles holds in these runs: gap at alpha = 1 minus that at alpha =
     100 is +0.126 [0.003, 0.249] at mean_train_loss 1.61 and +0.187 [0.030, 0.343] at mean_train_loss 1.49 (n = 3;
@@ -45,8 +44,7 @@ def load(o):
         images["score_train"], images["score_test"] = np.split(scores, [len(images["y_train"])])
     for name in ("score_train", "score_test"):
         if name not in images:
-            raise ValueError(f"{o.dataset}: has no {name}; cscore.py needs a difficulty score for each image (higher = "
-                             "easier)")
+            raise ValueError(f"{o.dataset}: cscore.py needs {name}, a score for each image (higher = easier)")
     return images
 
 
@@ -179,8 +177,7 @@ def draw(o, rows, pairs):
 def main(*words, **options):
     """Train, conclude and draw, with the command line's words, or its options as keywords: main(alpha=[1, 100],
     quick=True). Returns the summary; raises ValueError or OSError for bad input."""
-    o = common.parse(common.image_parser(__file__, __doc__), QUICK, words, options)
-    o.loss = common.name_of(loss_of)
+    o = common.parse(common.image_parser(__file__, __doc__), QUICK, loss_of, words, options)
     return common.sweep(o, load, run, conclude, draw)
 
 

@@ -10,11 +10,10 @@ The claim: at an equal training loss, the rich network (alpha = 1) leans on the 
 (alpha = 100). What agrees with the attribute is easy and it hastens there; the cells against it stay behind.
 
 A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For either label the cell with the larger share
-of the training set goes *with* the correlation, the other *against* it. (In CelebA women are the majority of the blond
-and, at 52 %, of the others, so with is women and against is men, which is how the paper draws it.)
+of the training set goes *with* the correlation, the other *against* it. (In CelebA with is women, against is men.)
 
 --quick took 50 seconds on two idle CPU cores (AMD EPYC, 2026-11-27), 332 on very busy ones; the README's dominoes 3.5
-minutes (alpha = 1) and 11 to 12 (100) a run on one; not timed on a GPU. It prints, and then the tables,
+minutes (alpha = 1) and 11 to 12 (100) a run on one. It prints, before the tables,
 
     The claim that rich networks lean more on the spurious attribute holds in these runs: gap at alpha = 1 minus
     that at alpha = 100 is +0.440 [0.048, 0.832] at mean_train_loss 0.243 and +0.676 [0.096, 1.256] at
@@ -112,16 +111,13 @@ def synthetic(n_train=1500, n_test=800, size=32):
 
 
 def dominoes(digits, images, seed, agree=.95):
-    """One split of the MNIST-CIFAR dominoes: a digit, zero-padded to 32 x 32, above an image.
+    """One split of the MNIST-CIFAR dominoes: a digit, zero-padded to 32 x 32, above an image (Shah et al., "The
+    pitfalls of simplicity bias in neural networks", NeurIPS 2020).
 
-    digits: two arrays uint8 (n, 28, 28), of attribute 0 and of attribute 1. images: two arrays uint8
-    (n, 32, 32, 3), of label 0 and of label 1; each is used once, a digit again where there are too few.
-    agree: the exact share of images whose attribute is their label.
-    Returns x uint8 (N, 64, 32, 3), y (N,) and attribute (N,), in an order drawn from the seed.
-    Raises ValueError: agree outside [0, 1], or one of the four arrays is empty.
-    Source: Shah et al., "The pitfalls of simplicity bias in neural networks", NeurIPS 2020."""
-    if not 0 <= agree <= 1 or min(map(len, (*digits, *images))) == 0:
-        raise ValueError(f"dominoes need both digits and kinds of images, agree from 0 to 1, not {agree}")
+    digits: two arrays uint8 (n, 28, 28), of attribute 0 and of attribute 1. images: two arrays uint8 (n, 32, 32, 3), of
+    label 0 and of label 1; each is used once, a digit again where there are too few. agree: the exact share of images
+    whose attribute is their label. Returns x uint8 (N, 64, 32, 3), y (N,) and attribute (N,), in an order drawn from
+    the seed."""
     rng = np.random.default_rng(seed)
     y = np.repeat([0, 1], [len(images[0]), len(images[1])])
     attribute = correlated(y, agree, rng)
@@ -194,10 +190,9 @@ def celeba(data_dir):
     for split in ("train", "test"):
         with common.fetching("CelebA", CELEBA, files, data_dir / "celeba", DOMINOES):
             there = datasets.CelebA(data_dir, split, download=True)  # torchvision verifies the tables' checksums
-        label = there.attr[:, there.attr_names.index("Blond_Hair")]
-        attribute = there.attr[:, there.attr_names.index("Male")]
+        both = there.attr[:, [there.attr_names.index(name) for name in ("Blond_Hair", "Male")]]
         paths = [str(data_dir / "celeba" / "img_align_celeba" / name) for name in there.filename]
-        parts[split] = list(zip(paths, label.tolist(), attribute.tolist()))
+        parts[split] = list(zip(paths, *both.T.tolist()))
     crop = transforms.Compose([transforms.CenterCrop(178), transforms.Resize(224)])
     return from_files({"train": parts["train"][:CELEBA_TRAIN], "pool": parts["train"], "test": parts["test"]}, crop)
 
@@ -205,39 +200,32 @@ def celeba(data_dir):
 def waterbirds(data_dir):
     """Land bird 0 or water bird 1 (label) pasted on a picture of land 0 or water 1 (attribute)."""
     from torchvision import transforms
+    from torchvision.datasets.utils import download_url
     bit, parts = {"0": 0, "1": 1}, {"0": [], "1": [], "2": []}  # 0 train, 1 validation, 2 test
     archive = data_dir / WATERBIRDS.split("/")[-1]
     folder = data_dir / archive.name.removesuffix(".tar.gz")
-    if not folder.exists():
+    if not folder.exists():  # what is not finished has a name ending in .part, and is never taken for whole
+        download, unpacked = archive.with_name(f"{archive.name}.part"), folder.with_name(f"{folder.name}.part")
         with common.fetching("Waterbirds", WATERBIRDS, archive.name, data_dir, DOMINOES):
-            fetch_waterbirds(archive, folder)
+            if not archive.exists():
+                download.unlink(missing_ok=True)  # torchvision would take it for the file
+                download_url(WATERBIRDS, data_dir, download.name)
+                os.replace(download, archive)
+            shutil.rmtree(unpacked, ignore_errors=True)
+            with tarfile.open(archive) as members:
+                members.extractall(unpacked, filter="data")  # refuses whatever would lie outside
+            os.replace(unpacked / folder.name, folder)
+            shutil.rmtree(unpacked)
     table = folder / "metadata.csv"
     with open(table, newline="", errors="replace") as file:
-        reader = csv.DictReader(file)
         try:
-            for row in reader:
+            for row in csv.DictReader(file):
                 path = str(folder / row["img_filename"])
                 parts[row["split"]].append((path, bit[row["y"]], bit[row["place"]]))
         except (KeyError, TypeError, csv.Error) as error:  # a short line is TypeError
-            raise ValueError(f"{table}: line {reader.line_num}: needs img_filename, y and place (0 or 1), "
-                             f"split (0, 1 or 2); got {str(error)[:100]}") from None
+            raise ValueError(f"{table}: needs img_filename, y, place and split; got {str(error)[:100]}") from None
     crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     return from_files({"train": parts["0"], "test": parts["2"]}, crop)
-
-
-def fetch_waterbirds(archive, folder):
-    """Download and unpack. What is not finished has a name ending in .part, and is never taken for whole."""
-    from torchvision.datasets.utils import download_url
-    download, unpacked = archive.with_name(f"{archive.name}.part"), folder.with_name(f"{folder.name}.part")
-    if not archive.exists():
-        download.unlink(missing_ok=True)  # torchvision would take it for the file
-        download_url(WATERBIRDS, archive.parent, download.name)
-        os.replace(download, archive)
-    shutil.rmtree(unpacked, ignore_errors=True)
-    with tarfile.open(archive) as members:
-        members.extractall(unpacked, filter="data")  # refuses whatever would lie outside
-    os.replace(unpacked / folder.name, folder)
-    shutil.rmtree(unpacked)
 
 
 def in_cell(cell, y, attribute):
@@ -331,10 +319,9 @@ def run(alpha, seed, images, o):
                 record[f"{start}cell_{cell}_acc"] = ((f_cell[:, 0] > 0) == (y_cell > 0)).double().mean().item()
         return {**record, **averages(record, share, agree)}
 
-    test = watched["test_"]
-    some = slice(None, None, max(1, len(test["y"]) // o.probe_examples))  # of each cell
-    linearity = common.Linearity(f, test["x"][some][:o.probe_examples])
-    training = common.Run(o, seed, f, optimizer, len(y), linearity)
+    x_test = watched["test_"]["x"]
+    some = x_test[::max(1, len(x_test) // o.probe_examples)][:o.probe_examples]  # of each cell
+    training = common.Run(o, seed, f, optimizer, len(y), common.Linearity(f, some))
     step = common.graphed(step, training)  # on a GPU one CUDA graph; on a CPU step itself
     for i in training.minibatches(probe):
         step(i)
@@ -401,12 +388,11 @@ def main(*words, **options):
                         help="dominoes: two digits; published with 0 and 1, far easier")
     parser.add_argument("--agree", type=common.number(float, above=.5, below=1), default=.95, metavar="X",
                         help="dominoes: share of training images whose digit tells the label")
-    o = common.parse(parser, QUICK, words, options)
+    o = common.parse(parser, QUICK, loss_of, words, options)
     if o.lr is None:
         o.lr = {"dominoes": .002, "waterbirds": .001}.get(o.dataset, .01)
     if o.dataset in ("celeba", "waterbirds"):
         o.jobs = o.jobs or 1  # each process holds all images
-    o.loss = common.name_of(loss_of)
     return common.sweep(o, load, run, conclude, draw)
 
 

@@ -346,10 +346,9 @@ def main(*words, **options):
     add("--iterations", type=count, default=25000, metavar="N", help="at most so many steps")
     add("--extra-dims", type=common.number(int, at_least=0), default=5, metavar="N", help="inputs that mean nothing")
     add("--animate", action=argparse.BooleanOptionalAction, default=False, help="also toy.gif: what run 0 predicts")
-    o = common.parse(parser, QUICK, words, options)
+    o = common.parse(parser, QUICK, loss_of, words, options)
     if o.draw_only and o.animate:
         raise ValueError("--animate trains a network, --draw-only trains nothing: choose one")
-    o.loss = common.name_of(loss_of)
     if not o.draw_only:
         o.data_crc32 = common.crc32(x.numpy() for x in points(0, o))
         args = {**common.identity(o), "network": "MLP"}

@@ -31,7 +31,7 @@ def test_load(monkeypatch):
     loaded = cscore.load(types.SimpleNamespace(dataset="cifar10", data_dir="data"))
     assert np.array_equal(loaded["score_train"], images["y_train"] / 2)
     assert np.array_equal(loaded["score_test"], images["y_test"] / 2)
-    with pytest.raises(ValueError, match="mine.npz: has no score_train"):
+    with pytest.raises(ValueError, match="mine.npz: cscore.py needs score_train"):
         cscore.load(types.SimpleNamespace(dataset="mine.npz", data_dir="data"))
 
 
