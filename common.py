@@ -863,12 +863,12 @@ class Run:
                 self.tensors.append(optimizer.state[p]["momentum_buffer"])
         if needs_training(self.folder, o) and (self.folder / "checkpoint.pt").exists():
             self.load()
-        write_args(self.folder, args)
+        write_atomically(self.folder / "args.json", json_line(args))
 
     def minibatches(self, probe):
         """Yield the indices of minibatch after minibatch; probe() returns the script's part of a record, with
         mean_train_loss. The order of an epoch depends on (seed, epoch) alone."""
-        o, due, order, shown = self.o, schedule(self.steps_an_epoch, self.total), None, 0
+        o, due, order = self.o, schedule(self.steps_an_epoch, self.total), None
         if not needs_training(self.folder, o):
             return
         if not self.records:
@@ -884,9 +884,6 @@ class Run:
             if now - saved >= o.checkpoint_seconds:
                 self.save()
                 saved = now
-            if now - shown > .5:
-                self.show()
-                shown = now
             epoch, k = divmod(self.iteration, self.steps_an_epoch)
             if k == 0 or order is None:
                 order = torch.randperm(self.examples, generator=generator(f"order {epoch}", self.seed)).to(o.device)
@@ -913,14 +910,12 @@ class Run:
             record["ended"] = ended
         self.records.append(json.loads(json_line(record)))
         write_atomically(self.folder / "log.jsonl", b"".join(json_line(record) for record in self.records))
-        self.show(probe=True)
-        if ended and sys.stdout.isatty():
-            print()
+        self.show()
         if ended == "diverged":
             print(f"{self.folder.name}: diverged, its loss went from {start:.3g} to {loss:.3g}: try a smaller --lr in "
                   "another --out", flush=True)
 
-    def show(self, probe=False):
+    def show(self):
         """Say how far the run is, and how long it will take at most (it may end before its last iteration)."""
         left = datetime.timedelta(seconds=int(self.seconds / max(self.iteration, 1) * (self.total - self.iteration)))
         epoch = self.iteration / self.steps_an_epoch
@@ -928,7 +923,7 @@ class Run:
         for key in ("mean_train_loss", "test_loss", "test_acc"):
             if self.records[-1].get(key) is not None:
                 text += f"  {key} {self.records[-1][key]:>7.4f}"
-        progress(f"{text}  at most {left} left", probe)
+        progress(f"{text}  at most {left} left", end="\n" if "ended" in self.records[-1] else "")
 
     def save(self):
         buffer = io.BytesIO()
@@ -1041,18 +1036,21 @@ def graphed(step, training):
     return replay
 
 
-def progress(text, probe=True):
-    """One status line on a terminal, each over the last; into a file or pipe a line a probe."""
+def progress(text, end=""):
+    """A line into a file or pipe; on a terminal each is written over the last, unless end="\\n" closes it."""
     if sys.stdout.isatty():
-        print(f"\r{text[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
-    elif probe:
+        print(f"\r{text[:shutil.get_terminal_size().columns - 1]}\033[K", end=end, flush=True)
+    else:
         print(text, flush=True)
 
 
 # What a run is, and its files.
 
-# Good to know of a run, but may differ from another's (the last two are of earlier versions).
-FACTS = {"dataset", "device", "threads", "torch", "numpy", "python", "script_crc32", "folder", "theta0_crc32"}
+# These may differ between two calls that share a folder: which runs, how far and where, and what is good to know of a
+# run (the last two are of earlier versions). All other options are part of what a run is.
+MAY_DIFFER = {"alpha", "seeds", "dataset", "data_dir", "out", "device", "jobs", "quick", "draw_only", "epochs",
+              "stop_loss", "checkpoint_seconds", "runs", "chunk", "animate", "script_crc32", "threads", "torch",
+              "numpy", "python", "folder", "theta0_crc32"}
 
 
 def identity(o):
@@ -1060,8 +1058,8 @@ def identity(o):
     and some facts."""
     run = {name: value for name, value in vars(o).items() if name not in MAY_DIFFER}
     return {**run, "dtype": str(o.dtype)[6:], "dataset": os.path.basename(str(getattr(o, "dataset", ""))),
-            "device": str(o.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "numpy": np.__version__, "python": sys.version.split()[0]}
+            "device": str(o.device), "script_crc32": o.script_crc32, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
 def check_out(out, args, warn=False):
@@ -1069,20 +1067,13 @@ def check_out(out, args, warn=False):
     it, and the first difference. warn: another text of the script is a line of warning."""
     for path in sorted(pathlib.Path(out).glob("alpha=*/args.json")):
         there = read_args(path.parent)
-        for key in args.keys() & there.keys() - FACTS:
+        for key in args.keys() & there.keys() - MAY_DIFFER:
             if there[key] != args[key]:
                 raise ValueError(f"{path.parent} holds a run with {key} = {there[key]}, not {args[key]}: choose "
                                  "another --out, or delete that folder")
         if warn and there.get("script_crc32") != args["script_crc32"]:
             print(f"warning: {path.parent} is by another text of {args['script']}.py")
             warn = False
-
-
-def write_args(folder, args):
-    """Make the folder of a run, and its args.json if it has none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "args.json").exists():
-        write_atomically(folder / "args.json", json_line(args))
 
 
 def read_args(folder):
@@ -1135,7 +1126,8 @@ def json_line(entry):
 
 
 def write_atomically(path, data):
-    """Write bytes to a temporary file and rename it to `path`: whole, or not at all."""
+    """Write bytes to a temporary file and rename it to `path`: whole, or not at all. Makes the folder, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
@@ -1453,12 +1445,6 @@ def save_figure(figure, folder, name):
 # ---------------------------------------------------------------------------------------------------------------------
 # 8  The command line
 # ---------------------------------------------------------------------------------------------------------------------
-
-# Options that say which runs, how far, and where: they may differ between two calls that share a folder. All others
-# are part of what a run is.
-MAY_DIFFER = {"alpha", "seeds", "dataset", "data_dir", "out", "device", "jobs", "quick", "draw_only", "epochs",
-              "stop_loss", "checkpoint_seconds", "runs", "chunk", "animate"}
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):

@@ -113,7 +113,6 @@ def train(runs, alpha, o, levels, curves):
             if not any(ahead.values()):
                 return
             next_level = loss.new_tensor([max(ahead[run], default=-math.inf) for run in runs])
-            common.progress(f"alpha={alpha:g} runs {runs[0]} to {runs[-1]}  iteration {iteration}", probe=False)
         optimizer.zero_grad()
         loss.sum().backward()  # a run's loss depends on its own weights alone
         optimizer.step()
@@ -166,14 +165,14 @@ def train_missing(o, args):
     """Train the runs that --out does not hold yet, a chunk at a time. Under torchrun each process takes its share."""
     found, chunks = read(o.out), []
     for alpha in o.alpha:
-        common.write_args(pathlib.Path(o.out) / f"alpha={alpha:g}", args)
+        common.write_atomically(pathlib.Path(o.out) / f"alpha={alpha:g}" / "args.json", common.json_line(args))
         done = found[alpha]["runs"] if alpha in found else []
         for first in range(0, o.runs, o.chunk):
             missing = [run for run in range(first, min(first + o.chunk, o.runs)) if run not in done]
             if missing:
                 chunks.append((missing, alpha, o))
     for k, written in enumerate(common.side_by_side(o, train_chunk, common.share_of_rank(chunks), threads=1)):
-        common.progress(f"{k + 1} of {len(chunks)}: {written}")
+        common.progress(f"{k + 1} of {len(chunks)}: {written}", "\n")
 
 
 def read(out):
@@ -319,7 +318,7 @@ def animate(o):
                 title = f"{names.get(alpha, '')}{label}\niteration {iteration}"
                 ax.set(xticks=[], yticks=[], title=title)
             writer.grab_frame()
-        common.progress(f"toy.gif: {len(levels)} frames are drawn, to training loss {levels[-1]:.2f}")
+        common.progress(f"toy.gif: {len(levels)} frames are drawn, to training loss {levels[-1]:.2f}", "\n")
 
 
 def predictions(alpha, o):

@@ -209,9 +209,6 @@ def test_alpha_inf_is_the_jacobian_of_autograd_times_delta(make):
             assert torch.allclose(f(x), out) and not f(x).requires_grad
 
 
-# --- what people bring ---
-
-
 class Spoilt(nn.Linear):
     def __init__(self, how):
         super().__init__(3, 2)

@@ -1,5 +1,6 @@
 """The NTK and the linearity measures, in float64 against per-example, per-output autograd Jacobians."""
 import copy
+import doctest
 import math
 
 import pytest
@@ -129,6 +130,7 @@ REFUSED = {
     "batch norm": (lambda: seq(lin(), nn.BatchNorm1d(7), lin(7, 2)), VECTOR, "eval"),
     "tuple": (lambda: Net(lambda f, x: (f.a(x), x), a=lin()), VECTOR, "one tensor"),
     "one number": (lambda: Net(lambda f, x: f.a(x).sum(), a=lin()), VECTOR, "row for each"),
+    "no example": (lin, (0, 5), "no example"),
     "class indices": (lambda: Net(lambda f, x: f.a(x).argmax(1), a=lin()), VECTOR, "derivative"),
     "bfloat16": (lambda: Net(lambda f, x: f.a(x).bfloat16(), a=lin()), VECTOR, "derivative"),
     "all frozen": (lambda: lin().requires_grad_(False), VECTOR, "requires gradients"),
@@ -211,13 +213,11 @@ def test_a_diverged_network_has_no_finite_kernel():
     assert common.empirical_ntk(model, x).isnan().any()
 
 
-# --- by hand, and what stays as it was ---
+# --- what stays as it was ---
 
 
-def test_worked_example_by_hand():
-    """f(x) = w x + b: d f / d(w, b) = (x, 1), so K(2, 3) = 2 * 3 + 1 = 7, whatever w and b are."""
-    K = common.empirical_ntk(nn.Linear(1, 1), torch.tensor([[2.0], [3.0]]))
-    assert torch.equal(K.view(2, 2), torch.tensor([[5.0, 7.0], [7.0, 10.0]]))
+def test_the_examples_in_docstrings():
+    assert doctest.testmod(common) == (0, 4)
 
 
 def test_leaves_the_model_as_it_was():
@@ -260,12 +260,6 @@ def test_tf32_is_off_inside_and_as_before_outside():
     finally:
         torch.set_float32_matmul_precision(before[0])
     assert torch.backends.cudnn.allow_tf32 == before[1]
-
-
-def test_no_example():
-    for x, y in ((torch.zeros(0, 5), None), (torch.zeros(2, 5), torch.zeros(0, 5))):
-        with pytest.raises(ValueError, match="no example"):
-            common.empirical_ntk(nn.Linear(5, 2), x, y)
 
 
 # --- alignment and the other measures ---
@@ -345,9 +339,6 @@ def test_linearisation_error():
         errors.append(expected)
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
     assert common.linearisation_error(common.center(start, math.inf), x) == 0
-
-
-# --- what people bring ---
 
 
 def test_representation_is_what_the_last_called_linear_receives():

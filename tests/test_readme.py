@@ -74,11 +74,8 @@ def test_python_block(k, tmp_path, monkeypatch, capsys):
         assert ", ".join(f"{gap:.3f}".lstrip("0") for gap in gaps) in README
 
 
-def test_length():
+def test_length_links_and_pictures():
     assert len(README) <= 12000
-
-
-def test_links_and_pictures_exist():
     links = re.findall(r"\]\(([^)#]+)\)|(?:src|href)=\"([^\"#]+)\"", README)
     relative = [a or b for a, b in links if not (a or b).startswith("http")]
     assert len(relative) > 4

@@ -268,7 +268,8 @@ def test_what_cannot_be_read_or_written_is_one_line_that_names_it(trained, tmp_p
 
 def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):
     def parsed(*given_words, **given):
-        return common.parse(common.image_parser(noisy.__file__, noisy.__doc__), noisy.QUICK, noisy.loss_of, given_words, given)
+        made = common.image_parser(noisy.__file__, noisy.__doc__)
+        return common.parse(made, noisy.QUICK, noisy.loss_of, given_words, given)
 
     a = parsed("--alpha", "1", "--alpha", "inf", "--lr", "0.25", "--quick", "--out", "~/here")
     b = parsed(alpha=[1, math.inf], lr=np.float32(.25), quick=True, out=pathlib.Path.home() / "here")
