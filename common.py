@@ -74,8 +74,9 @@ class CenteredModel(nn.Module):
     """f^a(x) = a (f_theta(x) - f_theta0(x)) around a frozen copy of `model`; exactly 0 at initialisation.
 
     self.model trains, self.model0 is the frozen copy. f_theta0 never changes, so it can be computed once for
-    a whole data set and handed in as `f0`: then a step costs no second forward pass (and at initialisation
-    f^a is 0 within rounding). Where x requires gradients, f0 is computed all the same, for its part of them.
+    a whole data set and handed in as `f0`: then a step costs no second forward pass (and at initialisation f^a is 0
+    within rounding, as it is where torch computes otherwise without gradients: LSTM, attention). Where x requires
+    gradients, f0 is computed all the same, for its part of them.
 
     forward(x, f0=None): x (N, ...), f0 (N, C) or None -> (N, C).
     Raises ValueError: f0 of another shape than f_theta(x); see check_deterministic.
@@ -109,7 +110,7 @@ class LinearizedModel(nn.Module):
     ordinary training step) where that gives the same, else in two backward passes.
 
     forward(x, f0=None): x (N, ...) -> (N, C); f0 is accepted for the sake of one interface and not needed.
-    Raises ValueError: see check_deterministic.
+    Raises ValueError: neither way gives that derivative; see check_deterministic.
     Needs: check_deterministic.
     """
     alpha = float("inf")
@@ -129,14 +130,24 @@ class LinearizedModel(nn.Module):
         check_deterministic(self.model0, x if first else None)
         direction = dict(zip(self.names, self.delta))
         if first:
-            self.forward_mode = x.device.type == "meta" or self.admits_forward_mode(x)
+            self.forward_mode = x.device.type == "meta" or self.find_mode(self.model0, x)
         return self.derivative(self.model0, x, direction, self.forward_mode)
+
+    @staticmethod
+    def call(model, theta, x):
+        """f_theta(x), theta: {a parameter's name: tensor}."""
+        before = [(m, dict(m._parameters)) for m in model.modules()]
+        try:
+            return torch.func.functional_call(model, theta, (x.clone(),))
+        finally:
+            for m, parameters in before:  # torch does not put back those of a module that is registered twice
+                m._parameters.update(parameters)
 
     @staticmethod
     def derivative(model, x, direction, forward_mode):
         """d f_(theta + t direction)(x) / dt at t = 0, (N, C); direction: {a parameter's name: tensor}."""
         def f(*theta):
-            return torch.func.functional_call(model, dict(zip(direction, theta)), (x.clone(),))
+            return LinearizedModel.call(model, dict(zip(direction, theta)), x)
 
         wanted, cudnn = torch.is_grad_enabled(), torch.backends.cudnn.enabled
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):  # no derivative is seen in inference mode
@@ -152,20 +163,34 @@ class LinearizedModel(nn.Module):
                 finally:
                     torch.backends.cudnn.enabled = cudnn
 
-    def admits_forward_mode(self, x):
-        """Whether forward mode gives the derivative that backward passes see, in a random direction. (It ignores
-        torch.no_grad and .data in a network, and some layers have no formula for it.)"""
-        generator = torch.Generator().manual_seed(0)
-        direction = {}
-        for name, p in zip(self.names, self.delta):
-            direction[name] = torch.randn(p.shape, generator=generator).to(p)
-        with torch.no_grad():
-            expected = self.derivative(self.model0, x, direction, False)
+    @staticmethod
+    def find_mode(model, x):
+        """Whether forward mode gives the derivative that autograd sees. (It ignores torch.no_grad and .data in a
+        network, and some layers have no formula for it.) For random u and v, J v must agree with J^T u, in its value
+        and its slope in v. ValueError: neither forward mode does, nor two backward passes."""
+        for forward_mode in (True, False):
+            generator = torch.Generator().manual_seed(0)
             try:
-                found = self.derivative(self.model0, x, direction, True)
-            except RuntimeError:
-                return False
-        return bool((found - expected).norm() <= 1e-3 * expected.norm())
+                with torch.inference_mode(False), torch.enable_grad():
+                    theta, v = {}, {}
+                    for name, p in model.named_parameters():
+                        theta[name] = p.detach().clone().requires_grad_()
+                        v[name] = torch.randn(p.shape, generator=generator).to(p).requires_grad_()
+                    f = LinearizedModel.call(model, theta, x)
+                    u = torch.randn(f.shape, generator=generator).to(f)
+                    seen = torch.autograd.grad(f, list(theta.values()), u, materialize_grads=True)  # J^T u
+                    Jv = LinearizedModel.derivative(model, x, v, forward_mode)
+                    slope = torch.autograd.grad(Jv, list(v.values()), u, materialize_grads=True)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                continue
+            tolerance = 1e-2 if u.element_size() > 2 else .2  # TF32 and bfloat16 round
+            gap = (u * Jv).sum() - sum((g.conj() * w).real.sum() for g, w in zip(seen, v.values()))
+            wrong = sum((g - h).norm()**2 for g, h in zip(seen, slope))
+            if gap.abs() <= tolerance * Jv.norm() and wrong <= tolerance**2 * sum(g.norm()**2 for g in seen):
+                return forward_mode
+            reason = "a layer's derivative has no derivative of its own"
+        raise ValueError(f"the network cannot be linearised: {reason}")
 
 
 def check_deterministic(model, x=None):
@@ -333,11 +358,15 @@ class Jacobian:
         handles = [m.register_forward_hook(hook, prepend=True) for m in self.layers]
         x = self.x[first:last].clone()  # copies of x and of the buffers, too
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        before = [(m, dict(m._parameters), dict(m._buffers)) for m in self.model.modules()]
         try:
             f = torch.func.functional_call(self.model, {**self.theta, **buffers}, (x,))
         finally:
             for handle in handles:
                 handle.remove()
+            for m, own_parameters, own_buffers in before:  # torch does not put back those of a module registered twice
+                m._parameters.update(own_parameters)
+                m._buffers.update(own_buffers)
         if not isinstance(f, torch.Tensor) or f.shape[:1] != x.shape[:1]:
             returned = tuple(f.shape) if isinstance(f, torch.Tensor) else type(f).__name__
             raise ValueError("the network must return one tensor with a row for each example; "
@@ -529,6 +558,7 @@ def linearisation_error(centered, x):
     """|f^a(x) - a grad f_theta0(x) . (theta - theta0)| / |f^a(x)|: how far from its linearisation.
 
     centered: a CenteredModel (a LinearizedModel is its own: 0). x (N, ...). Returns a float, nan at theta0.
+    Raises ValueError: a network that cannot be linearised.
     Needs: LinearizedModel, check_deterministic.
     """
     if centered.alpha == float("inf"):
@@ -536,8 +566,9 @@ def linearisation_error(centered, x):
     theta0 = dict(centered.model0.named_parameters())
     moved = {name: p - theta0[name] for name, p in centered.model.named_parameters()}
     fa = centered(x)
-    linear = centered.alpha * LinearizedModel.derivative(centered.model0, x, moved, forward_mode=False)
-    return ((fa - linear).norm() / fa.norm()).item()
+    forward_mode = LinearizedModel.find_mode(centered.model0, x)
+    slope = LinearizedModel.derivative(centered.model0, x, moved, forward_mode)
+    return ((fa - centered.alpha * slope).norm() / fa.norm()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -861,7 +892,7 @@ class Run:
             for p in list(self.tensors):  # a first momentum of 0 gives the same first step as none
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 self.tensors.append(optimizer.state[p]["momentum_buffer"])
-        if needs_training(self.folder, o) and (self.folder / "checkpoint.pt").exists():
+        if (self.folder / "checkpoint.pt").exists():
             self.load()
         write_atomically(self.folder / "args.json", json_line(args))
 
@@ -869,8 +900,6 @@ class Run:
         """Yield the indices of minibatch after minibatch; probe() returns the script's part of a record, with
         mean_train_loss. The order of an epoch depends on (seed, epoch) alone."""
         o, due, order = self.o, schedule(self.steps_an_epoch, self.total), None
-        if not needs_training(self.folder, o):
-            return
         if not self.records:
             self.save()
         saved, begin = time.monotonic(), time.monotonic() - self.seconds
@@ -980,13 +1009,13 @@ class Linearity:
     def __init__(self, f, x):
         self.f, self.x = f, x
         self.model = f.model if f.alpha < math.inf else copy.deepcopy(f.model0).requires_grad_()
-        self.start = self.measure((empirical_ntk, relu_signs, representation))
+        self.start = self.measure((empirical_ntk, relu_signs, representation, linearisation_error))
 
     def measure(self, functions):
         found = {}
         for function in functions:
             try:
-                found[function] = function(self.model, self.x)
+                found[function] = function(self.f if function is linearisation_error else self.model, self.x)
             except ValueError as error:
                 print(f"warning: not measured: {error}", flush=True)
         return found
@@ -1002,12 +1031,14 @@ class Linearity:
             R, R0 = now[representation], start[representation]
             record["repr_alignment"] = representation_alignment(R, R0)
             record["repr_alignment_gram"] = representation_alignment(R, R0, gram=True)
-        return {**record, "linearisation_error": linearisation_error(self.f, self.x)}
+        if linearisation_error in now:
+            record["linearisation_error"] = now[linearisation_error]
+        return record
 
 
 def graphed(step, training):
     """The same step as one CUDA graph on a static index: no launch costs. On a CPU `step` itself."""
-    if training.o.device.type != "cuda" or not needs_training(training.folder, training.o):
+    if training.o.device.type != "cuda":
         return step
     index = torch.arange(training.o.batch_size, device=training.o.device)
     before = [t.detach().clone() for t in training.tensors]
@@ -1335,6 +1366,8 @@ def print_table(title, rows, pairs, on, quantity):
     for row in where(pairs, on=on, quantity=quantity):
         header = f"{row['alpha']:g} - {row['minus']:g}"
         columns.setdefault(header, {})[row["level"]] = f"{cell(row)} ({row['n']})"
+    if not any(columns.values()):
+        return
     print(f"\n{title}\n{on:>18}" + "".join(f"{header:>28}" for header in columns))
     for level in sorted({level for levels in columns.values() for level in levels}, reverse=True):
         print(f"{level:>18g}" + "".join(f"{levels.get(level, '-'):>28}" for levels in columns.values()))

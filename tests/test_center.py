@@ -143,15 +143,17 @@ def test_scaled_sgd_without_center_says_so():
             common.scaled_sgd(model, .1)
 
 
-class Squared(nn.Module):
-    """No forward mode."""
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
 
     def forward(self, x):
-        return Square.apply(x)
+        return self.function.apply(x)
 
 
 @pytest.mark.parametrize("alpha, cached, layers", [
-    (3.0, False, []), (3.0, True, []), (math.inf, False, []), (math.inf, False, [Squared()])])
+    (3.0, False, []), (3.0, True, []), (math.inf, False, []), (math.inf, False, [Applied(Square)])])
 def test_gradient_in_x_against_finite_differences(alpha, cached, layers):
     x, _ = batch()
     x.requires_grad_()
@@ -187,15 +189,18 @@ class Stopped(nn.Module):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: common.mlp([8, 6, 2]), lambda: nn.Sequential(nn.Linear(8, 6), Squared()), lambda: Stopped("no_grad"),
+    lambda: common.mlp([8, 6, 2]), lambda: nn.Sequential(nn.Linear(8, 6), Applied(Square)), lambda: Stopped("no_grad"),
     lambda: Stopped("detach"), lambda: Stopped("data"), lambda: Recurrent(8, 5, batch_first=True),
-    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)),
+    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), lambda: nn.Sequential(nn.Linear(8, 4), nn.GLU()),
+    lambda: nn.Sequential(*[nn.Linear(8, 8), nn.Tanh()] * 2),
     lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True),
     lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()])
 @pytest.mark.filterwarnings("ignore")
 def test_alpha_inf_is_the_jacobian_of_autograd_times_delta(make):
     model, x = nn.Sequential(make(), nn.Flatten()).double(), torch.randn(3, 4, 8, dtype=torch.float64)
     f = common.center(model, math.inf)
+    with torch.inference_mode():
+        assert not f(x).any()
     with torch.no_grad():
         for d in f.delta:
             d.normal_()
@@ -231,6 +236,32 @@ def test_networks_that_have_no_f_alpha_are_refused_in_one_line(make, says, alpha
     with pytest.raises(ValueError, match=says) as error:
         common.center(make(), alpha)(torch.randn(4, 3))
     assert "\n" not in str(error.value)
+
+
+class ThroughNumpy(torch.autograd.Function):
+    """No forward mode, and a backward pass that autograd cannot see into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        return torch.from_numpy(g.detach().numpy() * np.cos(x.numpy()))
+
+
+@pytest.mark.parametrize("layer", [Applied(ThroughNumpy), nn.Hardsigmoid()])
+def test_what_cannot_be_linearised_is_refused_at_inf_and_trains_all_the_same(layer, capsys):
+    model, x = nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2)), torch.randn(6, 5)
+    with pytest.raises(ValueError, match="cannot be linearised: ") as error:
+        common.center(model, math.inf)(x)
+    f = common.center(model, 2.0)
+    measured = common.Linearity(f, x)()
+    assert "linearisation_error" not in measured and measured["ntk_alignment"] == pytest.approx(1)
+    assert capsys.readouterr().out.count(str(error.value)) == 1
+    f(x).sum().backward()
 
 
 class Mixed(nn.Module):

@@ -61,6 +61,12 @@ def tied():
     return model
 
 
+def registered_twice():
+    """The same layers, with a buffer, at two places."""
+    block = seq(lin(5, 5), nn.BatchNorm1d(5))
+    return seq(block, nn.Tanh(), block, lin(5, 2)).eval()
+
+
 def frozen(model, *names):
     for name in names:
         model.get_parameter(name).requires_grad_(False)
@@ -114,6 +120,7 @@ RIGHT = {
     "weight norm, old": (lambda: seq(nn.utils.weight_norm(lin()), nn.ReLU(), lin(7, 2)), VECTOR),
     "tied weights": (tied, VECTOR),
     "layer used twice": (lambda: Net(lambda f, x: f.b(f.a(torch.tanh(f.a(x)))), a=lin(5, 5), b=lin(5, 3)), VECTOR),
+    "layers registered twice": (registered_twice, VECTOR),
     "autoencoder, tied": (lambda: Net(lambda f, x: F.linear(torch.tanh(f.a(x)), f.a.weight.T), a=lin(5, 3)), VECTOR),
     # rows that are no examples, inputs that change
     "one position of a sequence": (lambda: Net(lambda f, x: f.b(torch.tanh(f.a(x.transpose(0, 1)))[0]),
@@ -147,10 +154,11 @@ def example(make, shape):
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(name):
     model, x = example(*RIGHT[name])
-    before = copy.deepcopy(x)
+    before, own = copy.deepcopy(x), [*model.parameters(), *model.buffers()]
     expected = kernel_by_hand(model, x)
     K = common.empirical_ntk(model, x)
     assert close(K, expected) and torch.equal(x, before)
+    assert all(a is b for a, b in zip(own, [*model.parameters(), *model.buffers()], strict=True))
     assert torch.equal(K, K.permute(2, 3, 0, 1))
     assert close(common.empirical_ntk(model, x, memory=1), expected)
     if len(x) > 2:
