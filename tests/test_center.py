@@ -63,15 +63,6 @@ def test_bad_learning_rate(lr, momentum):
         common.scaled_sgd(common.center(network(), 1), lr, momentum)
 
 
-def test_optimizer_has_no_weight_decay_and_leaves_theta0_alone():
-    f = common.center(network(), 10)
-    optimizer = common.scaled_sgd(f, .1)
-    assert optimizer.param_groups[0]["weight_decay"] == 0
-    assert optimizer.param_groups[0]["lr"] == .1 / 100
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in f.model.parameters()}
-    assert common.scaled_sgd(common.center(network(), math.inf), .1).param_groups[0]["lr"] == .1
-
-
 class DropPath(nn.Module):
     """As in timm."""
 

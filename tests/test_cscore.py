@@ -37,7 +37,7 @@ def test_load(monkeypatch):
 
 @pytest.mark.parametrize("case, words", [
     ("good", None), ("other order", "50 of 50 labels differ"), ("too few", "need arrays"), ("nan", "must be finite"),
-    ("complex", "must be finite"), ("flipped", "readable"), ("cut", "readable"), ("empty", "readable")])
+    ("complex", "must be finite"), ("cut", "readable"), ("empty", "readable")])
 def test_scores(tmp_path, monkeypatch, case, words):
     """Put there by hand, and downloaded: what is wrong is refused in one line, and never taken for the file."""
     labels, scores = np.arange(50) % 10, np.linspace(0, 1, 50)
@@ -46,9 +46,7 @@ def test_scores(tmp_path, monkeypatch, case, words):
     (tmp_path / "mine").mkdir()
     mine, data = tmp_path / "mine" / cscore.SCORES, tmp_path / "data"
     np.savez(mine, labels=theirs, scores=wrong)
-    content = bytearray(mine.read_bytes())
-    content[len(content) // 2] ^= 4 if case == "flipped" else 0
-    mine.write_bytes({"cut": content[:300], "empty": b""}.get(case, content))
+    mine.write_bytes({"cut": mine.read_bytes()[:300], "empty": b""}.get(case, mine.read_bytes()))
     before = mine.read_bytes()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=mine.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

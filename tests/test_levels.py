@@ -8,9 +8,6 @@ import pytest
 import common
 
 
-# --- the reading rule on runs whose true relation between loss and quantity is known ---
-
-
 def straight(loss):
     return 4 - loss
 
@@ -40,9 +37,6 @@ def errors(fall, relation, runs=100):
 def test_the_reading_does_not_lean(fall):
     mean, present = errors(fall, straight)
     assert abs(mean) < .02 and present == 1
-
-
-# --- by hand ---
 
 
 def test_smooth_by_hand():

@@ -27,12 +27,6 @@ for name in ("noisy", "cscore", "spurious"):
                          device="cpu", jobs=1)
 
 
-def test_the_first_two_commands_do_everything():
-    """One installs and shows the effect, one runs the tests; nothing else is needed on a fresh machine."""
-    assert "pip install -r requirements.txt" in COMMANDS[0] and "noisy.py --quick" in COMMANDS[0]
-    assert "pytest" in COMMANDS[1]
-
-
 @pytest.mark.parametrize("command", sorted({c for c in COMMANDS if "pip install -r" not in c}))
 def test_command(command, tmp_path, monkeypatch):
     """Every command, on tiny data and briefly: a scalar given last wins, and one seed is enough."""
@@ -153,9 +147,6 @@ def test_figures_can_be_drawn_again_from_what_is_kept(folder, tmp_path):
     assert again == summary_of(folder)
     tracked = {path.name for path in (ROOT / "figures" / folder).iterdir() if path.suffix != ".pdf"}
     assert {path.name for path in (tmp_path / folder).iterdir() if path.suffix != ".pdf"} == tracked
-
-
-# --- copying a function out ---
 
 
 def section_names():

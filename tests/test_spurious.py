@@ -103,11 +103,7 @@ def test_celeba(tmp_path, monkeypatch):
     x = images["x_pool"][np.arange(4)]
     assert x.shape == (4, 224, 224, 3) and x.dtype == np.uint8 and images["std"] == [.229, .224, .225]
     np.testing.assert_allclose(x.mean((1, 2)), [(0, 99, 200), (30, 99, 200), (60, 99, 200), (120, 99, 200)], atol=3)
-    band = np.zeros((218, 178, 3), np.uint8)
-    band[:15] = 255  # the middle 178 of 218 rows stay
-    Image.fromarray(band).save(folder / "img_align_celeba" / "000001.jpg")
     (folder / "img_align_celeba" / "000002.jpg").write_bytes(b"\xff\xd8 this is no JPEG")
-    assert images["x_pool"][np.array([0])].max() < 10
     refused("000002.jpg.: missing, damaged", images["x_pool"].__getitem__, np.arange(2))
     table = folder / "list_attr_celeba.txt"
     text = table.read_text()
