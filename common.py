@@ -1687,7 +1687,7 @@ def exactly(work, threads, *task):
 def start_child():
     """In a child of --jobs: its GPU; its end when the parent's comes; Ctrl-C is the parent's business."""
     if torch.cuda.is_available():
-        number = int(multiprocessing.current_process().name.split("-")[-1])  # SpawnProcess-1, -2, ...
+        number = multiprocessing.current_process()._identity[-1]  # 1, 2, ...
         torch.cuda.set_device(number % torch.cuda.device_count())
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
