@@ -97,16 +97,15 @@ def mean(folder, alpha, on, level, quantity):
     return np.mean(values)
 
 
-def paired(folder, alpha, level, quantity):
-    value, = [row["mean"] for row in summary_of(folder)["differences"]
-              if (row["alpha"], row["level"], row["quantity"]) == (alpha, level, quantity)]
-    return value
+def paired(folder, alpha, on, level, quantity):
+    row, = common.where(summary_of(folder)["differences"], alpha=alpha, on=on, level=level, quantity=quantity)
+    return row["mean"]
 
 
 DECILES = [f"decile_{d}_loss" for d in (1, 3, 8, 10)]
 CLAIMS = {  # start of the row: the numbers from the records behind the figures
-    "Toy: in the discs": lambda: [paired("toy", 1, level, "inside_loss") for level in (.5, .4, .3)],
-    "Toy: the same outside": lambda: [paired("toy", 1, level, "outside_loss") for level in (.5, .4, .3)],
+    "Toy: in the discs": lambda: [paired("toy", 1, "train_loss", level, "inside_loss") for level in (.5, .4, .3)],
+    "Toy: the same outside": lambda: [paired("toy", 1, "train_loss", level, "outside_loss") for level in (.5, .4, .3)],
     "Toy: median iterations": lambda: np.median(toy.read(ROOT / "figures" / "toy")[100.0]["iteration"][:, :3], 0),
     "C-scores: deciles 1, 3, 8, 10 at loss .5": lambda: [mean("cscore", 1, "mean_train_loss", .5, d) for d in DECILES],
     "C-scores: the same at 1.0, α = 1 ": lambda: [mean("cscore", 1, "mean_train_loss", 1, d) for d in DECILES],
@@ -120,6 +119,8 @@ CLAIMS = {  # start of the row: the numbers from the records behind the figures
     "Noisy: smallest test loss": lambda: [
         np.mean([common.curve(records)["test_loss"].min() for records in seeds.values()])
         for seeds in common.read_runs(ROOT / "figures" / "noisy").values()],
+    "Noisy: beyond the control": lambda: [
+        paired("noisy_control", 1, "clean_loss", level, "noisy_minus_control") for level in (1.03, 1)],
     "Dominoes: gap": lambda: [mean("dominoes", alpha, "mean_train_loss", .312, "gap") for alpha in (1, 100)],
     "Dominoes: accuracy": lambda: [mean("dominoes", alpha, "with_acc", .9, "against_acc") for alpha in (1, 100)],
 }
