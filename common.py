@@ -181,8 +181,8 @@ class LinearizedModel(nn.Module):
                     seen = torch.autograd.grad(f, list(theta.values()), u, materialize_grads=True)  # J^T u
                     Jv = LinearizedModel.derivative(model, x, v, forward_mode)
                     slope = torch.autograd.grad(Jv, list(v.values()), u, materialize_grads=True)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:  # whatever a network stumbles over
+                reason = str(error).split("\n")[0]
                 continue
             tolerance = 1e-2 if u.element_size() > 2 else .2  # TF32 and bfloat16 round
             gap = (u * Jv).sum() - sum((g.conj() * w).real.sum() for g, w in zip(seen, v.values()))
@@ -406,7 +406,7 @@ class Jacobian:
             for i in range(first, first + len(f)):
                 for f_c in self.outputs(i, i + 1)[0][0]:
                     row = torch.autograd.grad(f_c, self.rest, retain_graph=True, materialize_grads=True)
-                    rows.append(torch.cat([g.flatten() for g in row]))
+                    rows.append(torch.cat([g.to_dense().flatten() for g in row]))
             pairs.append((f.new_ones(len(f), 1, 1), torch.stack(rows).view(len(f), self.C, 1, -1)))
         return pairs
 
@@ -448,7 +448,7 @@ class Jacobian:
             rows = []
             for part in u[:, first:first + self.block]:
                 pulled = torch.autograd.grad(f, self.parameters, part, retain_graph=True, materialize_grads=True)
-                rows.append(torch.cat([g.flatten() for g in pulled]))
+                rows.append(torch.cat([g.to_dense().flatten() for g in pulled]))
             total = total + torch.stack(rows)
         return total
 

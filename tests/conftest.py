@@ -69,7 +69,7 @@ def jacobian(model, x):
         f = model(x[i:i + 1].clone()).flatten()
         for output in f:
             gradients = torch.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([g.flatten() for g in gradients]))
+            rows.append(torch.cat([g.to_dense().flatten() for g in gradients]))
     return torch.stack(rows).view(len(x), len(f), -1)
 
 

@@ -92,10 +92,10 @@ def conv_net(*layers):
 
 VECTOR, SEQUENCE, IMAGE, TOKENS = (4, 5), (3, 4, 8), (3, 4, 9, 9), (4, 6)
 RIGHT = {
-    # plain
     "mlp, in place": (lambda: seq(lin(bias=False), nn.ReLU(inplace=True), lin(7, 9), nn.Tanh(), lin(9, 3)), VECTOR),
     "flat output": (lambda: Net(lambda f, x: f.a(x).sum(1), a=lin()), VECTOR),
     "output (N, 2, 3)": (lambda: Net(lambda f, x: f.a(x).view(-1, 2, 3), a=lin(5, 6)), VECTOR),
+    "sparse gradients": (lambda: seq(nn.Embedding(11, 4, sparse=True), nn.Flatten(), lin(24, 2)), TOKENS),
     "frozen bias": (lambda: frozen(seq(lin(), nn.Tanh(), lin(7, 2)), "0.bias", "2.weight"), VECTOR),
     "layer without use": (lambda: Net(lambda f, x: f.a(x), a=lin(), b=lin()), VECTOR),
     "bare parameters": (lambda: Net(lambda f, x: x.sin() @ f.w + f.b, w=nn.Parameter(torch.randn(5, 3)),
