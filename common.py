@@ -298,14 +298,15 @@ def empirical_ntk(model, x, y=None, memory=2**30):
 
 @contextlib.contextmanager
 def true_float32():
-    """float32 means float32 inside, not TF32 or bfloat16; afterwards what it meant before."""
+    """float32 means float32 inside, not TF32 or bfloat16, nor autocast's; afterwards what it meant before."""
     cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     units = [cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv]
     before = [unit.fp32_precision for unit in units]
     try:
         for unit in units:
             unit.fp32_precision = "ieee"
-        yield
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
     finally:
         for unit, precision in zip(units, before):
             unit.fp32_precision = precision

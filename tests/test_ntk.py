@@ -256,8 +256,8 @@ def test_tf32_is_off_inside_and_as_before_outside():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("medium")
-        common.empirical_ntk(model, torch.randn(4, 5))
-        assert set(inside) == {"ieee"}
+        with torch.autocast("cpu", torch.bfloat16):
+            assert common.empirical_ntk(model, torch.randn(4, 5)).dtype == torch.float32 and set(inside) == {"ieee"}
         assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
