@@ -165,12 +165,14 @@ def train_missing(o, args):
     """Train the runs that --out does not hold yet, a chunk at a time. Under torchrun each process takes its share."""
     found, chunks = read(o.out), []
     for alpha in o.alpha:
-        common.write_atomically(pathlib.Path(o.out) / f"alpha={alpha:g}" / "args.json", common.json_line(args))
         done = found[alpha]["runs"] if alpha in found else []
+        missing = [run for run in range(o.runs) if run not in done]
+        if missing:
+            common.write_atomically(pathlib.Path(o.out) / f"alpha={alpha:g}" / "args.json", common.json_line(args))
         for first in range(0, o.runs, o.chunk):
-            missing = [run for run in range(first, min(first + o.chunk, o.runs)) if run not in done]
-            if missing:
-                chunks.append((missing, alpha, o))
+            chunk = [run for run in missing if first <= run < first + o.chunk]
+            if chunk:
+                chunks.append((chunk, alpha, o))
     for k, written in enumerate(common.side_by_side(o, train_chunk, common.share_of_rank(chunks), threads=1)):
         common.progress(f"{k + 1} of {len(chunks)}: {written}", "\n")
 
