@@ -1009,14 +1009,15 @@ class Linearity:
 
     def __init__(self, f, x):
         self.f, self.x = f, x
-        self.model = f.model if f.alpha < math.inf else copy.deepcopy(f.model0).requires_grad_()
-        self.start = self.measure((empirical_ntk, relu_signs, representation, linearisation_error))
+        model = f.model if f.alpha < math.inf else copy.deepcopy(f.model0).requires_grad_()
+        self.of = {empirical_ntk: model, relu_signs: model, representation: model, linearisation_error: f}
+        self.start = self.measure(self.of)
 
     def measure(self, functions):
         found = {}
         for function in functions:
             try:
-                found[function] = function(self.f if function is linearisation_error else self.model, self.x)
+                found[function] = function(self.of[function], self.x)
             except ValueError as error:
                 print(f"warning: not measured: {error}", flush=True)
         return found
