@@ -696,11 +696,13 @@ def with_statistics(images):
     """Add the training pixels' own mean and standard deviation per channel, of pixels in [0, 1], if it has none."""
     if "mean" in images:
         return images
-    mean, std, value = [], [], np.arange(256) / 255
+    mean, std, value = [], [], np.arange(256)
     for channel in np.moveaxis(images["x_train"], 3, 0):
-        share = np.bincount(channel.ravel(), minlength=256) / channel.size  # of each of the 256 values
-        mean.append(share @ value)
-        std.append(max(share @ (value - mean[-1])**2, 1e-6)**.5)
+        # In whole numbers: sums of floats are another machine's to the last digit only, and their checksum is another.
+        count, n = np.bincount(channel.ravel(), minlength=256), channel.size
+        total, squares = int(count @ value), int(count @ value**2)
+        mean.append(total / (255 * n))
+        std.append(max((n * squares - total**2) / (255 * n)**2, 1e-6)**.5)
     return {**images, "mean": mean, "std": std}
 
 

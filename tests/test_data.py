@@ -1,5 +1,6 @@
 """Data: .npz files good, impossible and damaged; CIFAR-10's split and download; label noise, synthetic images."""
 import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ def test_npz_round_trip(tiny):
     images = common.load_images(str(tiny))
     assert np.array_equal(images["x_train"], A["x_train"]) and np.array_equal(images["y_train"], A["y_train"])
     pixels = A["x_train"].reshape(-1, 3) / 255
-    assert np.allclose(images["mean"], pixels.mean(0)) and np.allclose(images["std"], pixels.std(0))
+    assert np.allclose(images["std"], pixels.std(0))  # the mean to the last digit: every machine has one checksum
+    assert images["mean"] == [float(Fraction(int(total), 255 * 60 * 64)) for total in A["x_train"].sum((0, 1, 2))]
     x = common.on_device(images["x_train"], types.SimpleNamespace(device="cpu"))
     assert x.shape == (60, 3, 8, 8) and x.dtype == torch.uint8  # images stay as they are stored
     x = common.Standardise(images["mean"], images["std"])(x).permute(0, 2, 3, 1)
