@@ -71,12 +71,12 @@ def center(model, alpha):
 
 
 class CenteredModel(nn.Module):
-    """f^a(x) = a (f_theta(x) - f_theta0(x)) around a frozen copy of `model`; exactly 0 at initialisation.
+    """f^a(x) = a (f_theta(x) - f_theta0(x)) around a frozen copy of `model`; 0 at initialisation.
 
     self.model trains, self.model0 is the frozen copy. f_theta0 never changes, so it can be computed once for
     a whole data set and handed in as `f0`: then a step costs no second forward pass (and at initialisation f^a is 0
-    within rounding, as it is where torch computes otherwise without gradients: LSTM, attention). Where x requires
-    gradients, f0 is computed all the same, for its part of them.
+    within rounding only, as for LSTM and attention). Where x requires gradients, f0 is computed all the same, for its
+    part of them.
 
     forward(x, f0=None): x (N, ...), f0 (N, C) or None -> (N, C).
     Raises ValueError: f0 of another shape than f_theta(x); see check_deterministic.
@@ -86,20 +86,22 @@ class CenteredModel(nn.Module):
     def __init__(self, model, alpha):
         super().__init__()
         check_deterministic(model)
-        self.alpha, self.checked = alpha, False
+        self.alpha, self.checked = alpha, set()
         self.model = model
         self.model0 = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, x, f0=None):
-        check_deterministic(self.model, None if self.checked else x)
-        self.checked, alpha = True, self.alpha
+        mode = (torch.is_grad_enabled(), *[m.training for m in self.modules()])
+        for network in (self.model, self.model0):
+            check_deterministic(network, None if mode in self.checked else x)
+        self.checked.add(mode)
         if f0 is None or x.requires_grad:
             f0 = self.model0(x.clone())  # a copy for each: a network may change its input in place
             x = x.clone()
         f = self.model(x)
         if f0.shape != f.shape:  # (N,) against (N, 1) would broadcast to (N, N)
             raise ValueError(f"f0 has shape {tuple(f0.shape)}, the network's output {tuple(f.shape)}")
-        return alpha * (f - f0)
+        return self.alpha * (f - f0)
 
 
 class LinearizedModel(nn.Module):
@@ -120,16 +122,15 @@ class LinearizedModel(nn.Module):
         check_deterministic(model)
         self.model0 = copy.deepcopy(model).requires_grad_(False)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.delta = nn.ParameterList()
-        for name in self.names:
-            self.delta.append(torch.zeros_like(self.model0.get_parameter(name)))
-        self.forward_mode = None  # decided at the first call
+        self.delta = nn.ParameterList(torch.zeros_like(self.model0.get_parameter(name)) for name in self.names)
+        self.forward_mode, self.checked = None, set()  # decided at the first call
 
     def forward(self, x, f0=None):
-        first = self.forward_mode is None
-        check_deterministic(self.model0, x if first else None)
+        mode = (torch.is_grad_enabled(), *[m.training for m in self.modules()])
+        check_deterministic(self.model0, None if mode in self.checked else x)
+        self.checked.add(mode)
         direction = dict(zip(self.names, self.delta))
-        if first:
+        if self.forward_mode is None:
             self.forward_mode = x.device.type == "meta" or self.find_mode(self.model0, x)
         return self.derivative(self.model0, x, direction, self.forward_mode)
 
@@ -195,7 +196,8 @@ class LinearizedModel(nn.Module):
 
 def check_deterministic(model, x=None):
     """Raise ValueError where f^a would mean nothing, since f_theta0 could not be fixed: f(x) depends on chance, on the
-    other examples of the batch, or on how often it has been called, or is no tensor of real numbers.
+    other examples of the batch, on how often it has been called, or on whether gradients are wanted; what a frozen copy
+    returns depends on what is not frozen; or f(x) is no tensor of real numbers.
 
     By its layers: batch norm, dropout and stochastic depth in training mode. By value, given x (N, ...): f(x) twice."""
     if nn.utils.parametrize._cache_enabled:
@@ -216,13 +218,20 @@ def check_deterministic(model, x=None):
                              "has no fixed statistics; call model.eval() first")
     if x is None or x.device.type == "meta":
         return
+    trains = x.requires_grad or any(p.requires_grad for p in model.parameters())
+    first = model(x.clone())
     with torch.no_grad():
-        first, second = model(x.clone()), model(x.clone())
+        second = model(x.clone())
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         found = getattr(first, "dtype", type(first).__name__)
         raise ValueError(f"the network must return one tensor of real numbers, not {found}")
-    if not torch.allclose(first, second, 0, 1e-6 * first.abs().max().item(), equal_nan=True):
-        raise ValueError("f(x) computed twice differs: the network depends on chance, or changes as it is used")
+    if (first - second).norm() > (1e-5 if first.element_size() > 2 else .05) * first.norm():
+        raise ValueError("f(x) computed twice differs: the network depends on chance, changes as it is used, or "
+                         "computes otherwise without gradients (attention with a mask: "
+                         "torch.backends.mha.set_fastpath_enabled(False) mends that)")
+    if first.requires_grad and not trains:
+        raise ValueError("a hook or a replaced forward refers to the network by a variable, so that its copy at theta0 "
+                         "would change with it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,8 +258,8 @@ def scaled_sgd(centered, lr, momentum=0.0):
         raise ValueError(f"lr must be above 0 and momentum in [0, 1); got {lr} and {momentum}")
     alpha = centered.alpha
     scaled_lr = lr if alpha == float("inf") else lr / alpha**2
-    parameters = [p for p in centered.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=scaled_lr, momentum=momentum)
+    trained = centered.delta if alpha == float("inf") else centered.model.parameters()
+    return torch.optim.SGD([p for p in trained if p.requires_grad], lr=scaled_lr, momentum=momentum)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,10 +290,11 @@ def empirical_ntk(model, x, y=None, memory=2**30):
     if len(x) == 0 or y is not None and len(y) == 0:
         raise ValueError("there is no example in x or in y")
     devices = [x.device] if x.is_cuda else []
+    own = [*model.parameters(), *model.buffers()]
+    before = [t.detach().clone() for t in own]
     for structured in (True, False):
         try:
-            same_random = torch.random.fork_rng(devices)
-            with torch.inference_mode(False), torch.enable_grad(), same_random, true_float32():
+            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), true_float32():
                 J = Jacobian(model, x, memory, structured)
                 L = J if y is None else Jacobian(model, y, memory, structured)
                 K = J.product(L)
@@ -293,6 +303,11 @@ def empirical_ntk(model, x, y=None, memory=2**30):
             reason = "the outputs depend on chance or on the other examples of the batch"
         except Exception as error:  # whatever a pasted network stumbles over
             reason = str(error).split("\n")[0]
+        finally:
+            with torch.no_grad():
+                for t, old in zip(own, before):
+                    if not torch.equal(t, old):  # a network may change its own (nn.Embedding with max_norm does)
+                        t.copy_(old)
     raise ValueError(f"no tangent kernel: {reason}")
 
 
@@ -322,9 +337,7 @@ class Jacobian:
 
     def __init__(self, model, x, memory, structured):
         self.model, self.x = model, x.detach()
-        # Copies: a network may change its own (nn.Embedding with max_norm does).
-        self.theta = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
-        self.parameters = [p for p in self.theta.values() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the model requires gradients")
         self.layers = []
@@ -336,16 +349,12 @@ class Jacobian:
         f, calls = self.outputs(0, 2)
         self.layers = [m for m in self.layers if len(calls[m]) == 1 and len(calls[m][0][1]) == len(f)]
         covered = {id(p) for m in self.layers for p in m.parameters()}
-        self.rest = []
-        for name, p in model.named_parameters():
-            if p.requires_grad and id(p) not in covered:
-                self.rest.append(self.theta[name])
+        self.rest = [p for p in self.parameters if id(p) not in covered]
         self.C = f.shape[1]
         numbers = self.C * sum(p.numel() for p in self.rest)  # what `factors` returns for an example
         for m in self.layers:
             numbers += calls[m][0][1][0].numel() * (self.C + m.weight[0].numel() / len(m.weight))
-        # Two blocks are held at a time, and a graph. Two examples at least: one alone cannot show that it
-        # depends on others.
+        # Two blocks are held at a time, and a graph. Two examples at least: one alone does not depend on others.
         self.block = max(2, int(memory / (3 * numbers * f.element_size())))
 
     def outputs(self, first, last):
@@ -357,24 +366,19 @@ class Jacobian:
             return output.clone()  # an activation in place then leaves `output` as the layer made it
 
         handles = [m.register_forward_hook(hook, prepend=True) for m in self.layers]
-        x = self.x[first:last].clone()  # copies of x and of the buffers, too
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        before = [(m, dict(m._parameters), dict(m._buffers)) for m in self.model.modules()]
+        x = self.x[first:last].clone()
         try:
-            f = torch.func.functional_call(self.model, {**self.theta, **buffers}, (x,))
+            f = self.model(x)
         finally:
             for handle in handles:
                 handle.remove()
-            for m, own_parameters, own_buffers in before:  # torch does not put back those of a module registered twice
-                m._parameters.update(own_parameters)
-                m._buffers.update(own_buffers)
-        if not isinstance(f, torch.Tensor) or f.shape[:1] != x.shape[:1]:
+        if not isinstance(f, torch.Tensor) or f.shape[:1] != x.shape[:1] and len(x) > 1:  # squeeze() drops a single row
             returned = tuple(f.shape) if isinstance(f, torch.Tensor) else type(f).__name__
             raise ValueError("the network must return one tensor with a row for each example; "
                              f"for {len(x)} it returned {returned}")
         if f.dtype not in (torch.float32, torch.float64) or not f.requires_grad:
             raise ValueError(f"the output ({f.dtype}) has no derivative in float32 or float64")
-        return f.reshape(len(x), f[0].numel()), calls
+        return f.reshape(len(x), -1), calls
 
     def factors(self, first):
         """[(A (n, T, d), G (n, C, T, O)), one pair a layer], for the block of examples from `first` on."""
@@ -442,12 +446,13 @@ class Jacobian:
         return K
 
     def pull_back(self, u):
-        """J^T u[k] for each u[k] (N, C), as rows (K, P): a backward pass a block."""
-        total = 0
-        for first in range(0, len(self.x), self.block):
-            f, _ = self.outputs(first, first + self.block)
+        """J^T u[k] for each u[k] (N, C), as rows (K, P): a backward pass a block. The first example is a block of its
+        own, which shows whether it depends on the others."""
+        total, edges = 0, [0, *range(1, len(self.x) - 1, self.block), len(self.x)]
+        for first, last in zip(edges, edges[1:]):
+            f, _ = self.outputs(first, last)
             rows = []
-            for part in u[:, first:first + self.block]:
+            for part in u[:, first:last]:
                 pulled = torch.autograd.grad(f, self.parameters, part, retain_graph=True, materialize_grads=True)
                 rows.append(torch.cat([g.to_dense().flatten() for g in pulled]))
             total = total + torch.stack(rows)
@@ -510,7 +515,7 @@ def relu_signs(model, x):
     Raises ValueError: a network without nn.ReLU modules (F.relu cannot be seen from outside).
     """
     signs = []
-    handles = [m.register_forward_hook(lambda m, args, out: signs.append((out > 0).flatten(1)))
+    handles = [m.register_forward_hook(lambda m, args, out: signs.append((out > 0).reshape(len(x), -1)))
                for m in model.modules() if isinstance(m, nn.ReLU)]
     try:
         model(x.clone())
@@ -816,9 +821,7 @@ def flip_labels(y, fraction, num_classes, seed):
     result differs from y is where the noise is. (The paper draws each example with that probability.)
     Raises ValueError: fraction not in (0, 1), or it changes no label or every one; fewer than two classes.
     """
-    count = 0
-    if 0 < fraction < 1:
-        count = round(fraction * len(y))
+    count = round(fraction * len(y)) if 0 < fraction < 1 else 0
     if not 0 < count < len(y) or num_classes < 2:
         raise ValueError(f"label noise must change some of the {len(y)} labels and not all, among two classes or more; "
                          f"got a fraction of {fraction} and {num_classes} classes")
@@ -888,7 +891,8 @@ class Run:
         self.total = o.epochs * self.steps_an_epoch
         self.iteration, self.seconds, self.records = 0, 0.0, []
         self.folder = folder_of(o, f.alpha, seed)
-        args = {**identity(o), "network": name_of(f.model0)}
+        size = sum(p.numel() for p in f.model0.parameters())
+        args = {**identity(o), "network": name_of(f.model0), "parameters": size}
         check_out(o.out, args)
         self.tensors = list(optimizer.param_groups[0]["params"])  # all that a step changes
         if o.momentum:
@@ -904,7 +908,7 @@ class Run:
         mean_train_loss. The order of an epoch depends on (seed, epoch) alone."""
         o, due, order = self.o, schedule(self.steps_an_epoch, self.total), None
         if not self.records:
-            self.save()
+            self.save()  # no records without a checkpoint
         saved, begin = time.monotonic(), time.monotonic() - self.seconds
         while True:
             now = time.monotonic()
@@ -975,7 +979,7 @@ class Run:
         except Exception as error:  # damaged bytes make zipfile and torch raise nearly anything
             raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0][:100]}): choose another --out, or "
                              f"delete the folder {self.folder}") from None
-        # What was probed here is probed again, if it is on the schedule.
+        # What was probed here, `ended` too, is probed again if it is on the schedule.
         self.records = [record for record in state["records"] if record["iteration"] < self.iteration]
 
 
@@ -1007,7 +1011,7 @@ def schedule(steps_an_epoch, total):
 
 class Linearity:
     """The measures of linearity against theta0, on examples x (N, ...): make it at theta0, call it later. A measure
-    that the network does not admit (no nn.ReLU: no signs) is said once and left out."""
+    that the network does not admit (no nn.ReLU: no signs) is said once a run and left out."""
 
     def __init__(self, f, x):
         self.f, self.x = f, x
@@ -1102,7 +1106,7 @@ def check_out(out, args, warn=False):
     it, and the first difference. warn: another text of the script is a line of warning."""
     for path in sorted(pathlib.Path(out).glob("alpha=*/args.json")):
         there = read_args(path.parent)
-        for key in args.keys() & there.keys() - MAY_DIFFER:
+        for key in sorted(args.keys() & there.keys() - MAY_DIFFER):
             if there[key] != args[key]:
                 raise ValueError(f"{path.parent} holds a run with {key} = {there[key]}, not {args[key]}: choose "
                                  "another --out, or delete that folder")
@@ -1240,10 +1244,10 @@ def loss_levels(runs):
     """.95, .9, ... .05 times L0, and the paper's 1.0 and .5, as far as they lie below L0; highest first. L0 is the mean
     training loss at the start, as the first record at the smallest alpha has it: ln C for cross-entropy."""
     smallest = runs[min(runs)]
-    start = smallest[min(smallest)][0]["mean_train_loss"] or 0  # null if it is not finite
+    start = float(f"{smallest[min(smallest)][0]['mean_train_loss'] or 0:.3g}")  # null if it is not finite
     levels = {1.0, .5}
     for k in range(1, 20):
-        levels.add(float(f"{k / 20 * float(f'{start:.3g}'):.3g}"))
+        levels.add(float(f"{k / 20 * start:.3g}"))
     return sorted((level for level in levels if 0 < level < start), reverse=True)
 
 
@@ -1288,9 +1292,9 @@ def differences(rows, quantities):
     largest, paired = max((row["alpha"] for row in rows), default=None), {}
     lazy = {(row["seed"], row["on"], row["level"]): row for row in where(rows, alpha=largest)}
     for row in rows:
-        other = lazy.get((row["seed"], row["on"], row["level"]), row)
+        other = lazy.get((row["seed"], row["on"], row["level"]), {})
         for name in quantities:
-            if other is not row and row.get(name) is not None and other.get(name) is not None:
+            if row["alpha"] < largest and row.get(name) is not None and other.get(name) is not None:
                 paired.setdefault((row["alpha"], row["on"], row["level"], name), []).append(row[name] - other[name])
     result = []
     for (alpha, on, level, name), values in paired.items():
@@ -1330,15 +1334,14 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
     rich, lazy = rich_and_lazy(runs)
     if rich == lazy:
         return "One alpha is no comparison: --alpha 1 100 makes one."
-    by_rich, by_lazy = by_level(rows, rich, on, "level"), by_level(rows, lazy, on, "level")
     read = []
     for row in sorted(where(pairs, alpha=rich, on=on, quantity=quantity), key=lambda row: row["level"]):
-        level = row["level"]  # passed by every run?
-        if len(by_rich.get(level, [])) == len(runs[rich]) and len(by_lazy.get(level, [])) == len(runs[lazy]):
+        passed = [len(where(rows, alpha=alpha, on=on, level=row["level"])) for alpha in (rich, lazy)]
+        if passed == [len(runs[rich]), len(runs[lazy])]:  # by every run
             read.append(row)
     if len(read) < 2:
         return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
-                "(--epochs); where the loss does not fall, try a smaller --lr.")
+                "(--epochs, a lower --stop-loss); where the loss does not fall, try a smaller --lr.")
     lower, low = read[:2]
     word = "is not shown by these runs"
     if low["n"] < 3:
@@ -1372,9 +1375,9 @@ def print_table(title, rows, pairs, on, quantity):
         columns.setdefault(header, {})[row["level"]] = f"{cell(row)} ({row['n']})"
     if not any(columns.values()):
         return
-    print(f"\n{title}\n{on:>18}" + "".join(f"{header:>28}" for header in columns))
+    print(f"\n{title}\n{on:>18}" + "".join(f"{header:>30}" for header in columns))
     for level in sorted({level for levels in columns.values() for level in levels}, reverse=True):
-        print(f"{level:>18g}" + "".join(f"{levels.get(level, '-'):>28}" for levels in columns.values()))
+        print(f"{level:>18g}" + "".join(f"{levels.get(level, '-'):>30}" for levels in columns.values()))
 
 
 # Pictures, drawn at the levels. A colour and a marker belong to an alpha, the same everywhere: warm is rich, cold is
@@ -1549,7 +1552,7 @@ def parser(file, doc):
     add("--out", type=os.path.expanduser, default=f"runs/{script}", metavar="DIR", help="records and figures")
     add("--quick", action=argparse.BooleanOptionalAction, default=False,
         help="a demonstration in under a minute; explicit options win")
-    add("--draw-only", action=argparse.BooleanOptionalAction, default=False, help="train nothing, draw what is there")
+    add("--draw-only", action=argparse.BooleanOptionalAction, default=False, help="train nothing, draw all it holds")
     return made
 
 

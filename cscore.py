@@ -164,7 +164,7 @@ def draw(o, rows, pairs):
     (losses, difference), (similarity, error) = figure.subplots(2, 2)
     for k, (d, linestyle) in enumerate(DRAWN.items()):
         common.draw(losses, rows, "mean_train_loss", f"decile_{d}_loss", linestyle, f"{d}")
-        if "cifar10" in o.dataset:
+        if "cifar10" in o.dataset and o.loss == "cross_entropy":
             for alpha, points in PAPER.items():
                 common.draw_crosses(losses, {alpha: {level: values[k] for level, values in points.items()}})
     losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")

@@ -108,7 +108,7 @@ def draw(o, rows, pairs):
     common.draw(losses, rows, "clean_loss", "noisy_loss", "-", "noisy")
     common.draw(losses, rows, "clean_loss", "test_loss", "--", "test")
     losses.set(title="(a) loss at equal clean loss", ylabel=f"loss ({o.loss})")
-    if "cifar10" in o.dataset:
+    if "cifar10" in o.dataset and o.loss == "cross_entropy":
         common.draw_crosses(losses, PAPER)
     common.draw_differences(difference, pairs, "clean_loss", "noisy_loss")
     common.draw_linearity(similarity, error, rows, "clean_loss")

@@ -1,6 +1,6 @@
 """Figure 1 of "Lazy vs hasty": a hundred small networks on a 2-d task with easy and hard regions.
 
-    python toy.py --quick                                   fewer runs, larger steps: the same picture in 20 seconds
+    python toy.py --quick                                   fewer runs, larger steps: the same picture in 10 seconds
     python toy.py                                           the paper's figure
     python toy.py --alpha 0.1 0.3 1 3 10 30 100 1000 inf    also toy_alphas.png: how large must alpha be?
     python toy.py --quick --alpha 1 10 100 --animate        also toy.gif: one network at equal training losses
@@ -279,7 +279,7 @@ def draw_task(ax, o, size=16):
 
 def draw_training(ax, o, found):
     """Training loss of every run against iterations, the median run at LEVELS, and the paper's medians."""
-    paper = (o.iterations, o.lr) == (25000, .1)
+    paper = (o.iterations, o.lr, o.loss) == (25000, .1, "softplus")
     for alpha, arrays in found.items():
         style = {**common.look(alpha), "markersize": 7, "markeredgecolor": "white", "linestyle": ""}
         ax.plot(arrays["marks"], arrays["curves"].T, color=style["color"], linewidth=.5, alpha=.25)

@@ -44,6 +44,19 @@ def tiny_arrays(n=60, classes=3, size=8, seed=0):
     return arrays
 
 
+def small_arrays(train=(30, 4, 3, 30), test=(5, 5, 5, 5), size=8):
+    """Counts of the cells 00, 01, 10, 11 -> arrays. The label is a bar's place, the attribute the brightness."""
+    rng, arrays = np.random.default_rng(0), {}
+    for split, counts in (("train", train), ("test", test)):
+        y, attribute = np.repeat([0, 0, 1, 1], counts), np.repeat([0, 1, 0, 1], counts)
+        x = rng.integers(0, 60, (len(y), size, size, 3)) + 80 * attribute[:, None, None, None]
+        x[y == 0, :, :2] += 60
+        x[y == 1, :, 4:6] += 60
+        arrays.update({f"x_{split}": x.astype(np.uint8), f"y_{split}": y, f"attribute_{split}": attribute,
+                       f"score_{split}": rng.uniform(size=len(y))})
+    return arrays
+
+
 @pytest.fixture
 def tiny(tmp_path):
     path = tmp_path / "tiny.npz"
@@ -53,6 +66,13 @@ def tiny(tmp_path):
 
 # Options with which a whole experiment on `tiny` takes about a second.
 TINY = dict(alpha=[1, 100], epochs=6, width=4, batch_size=10, lr=.01, probe_examples=6, device="cpu")
+
+
+def refused(match, function, *arguments, **options):
+    """function(...) is a ValueError or an OSError, in one line that matches."""
+    with pytest.raises((ValueError, OSError), match=match) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 3000
 
 
 def records_of(folder):

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import common
-from conftest import tiny_arrays
+from conftest import refused, tiny_arrays
 
 # 60 training and 30 test images of 3 classes, 8 x 8 x 3, and all else that a file may hold
 A = {**tiny_arrays(), "attribute_train": np.arange(60) % 2, "attribute_test": np.arange(30) % 2,
@@ -26,13 +26,6 @@ def last(name, value):
     changed = A[name].copy()
     changed[-1] = value
     return changed
-
-
-def refused(match, function, *arguments):
-    """function(...) is a ValueError or an OSError, in one line that matches."""
-    with pytest.raises((ValueError, OSError), match=match) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
 
 
 def test_npz_round_trip(tiny):

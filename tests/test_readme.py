@@ -15,7 +15,7 @@ import torch
 
 import common
 import toy
-from conftest import ROOT, tiny_arrays
+from conftest import ROOT, small_arrays
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
@@ -38,9 +38,7 @@ def test_command(command, tmp_path, monkeypatch):
         return
     while not words[0].endswith(".py"):
         words = words[1:]  # python, or torchrun and its options
-    arrays = tiny_arrays(n=60, classes=2)
-    arrays.update({f"attribute_{s}": np.arange(len(arrays[f"y_{s}"])) % 3 // 2 for s in ("train", "test")})
-    np.savez("tiny.npz", **arrays)
+    np.savez("tiny.npz", **small_arrays())
     name = words[0].removesuffix(".py")
     if "--seeds" in words:  # as many seeds as named would take long
         first = words.index("--seeds")

@@ -21,7 +21,7 @@ from torch import nn
 import common
 import cscore
 import noisy
-from conftest import ROOT, TINY, records_of, tiny_arrays
+from conftest import ROOT, TINY, records_of, small_arrays, tiny_arrays
 
 LONG = dict(alpha=[1], epochs=40)
 LOSS, NETWORK = "F.cross_entropy", "common.resnet18(classes, in_channels=x.shape[1], width=o.width)"
@@ -211,7 +211,8 @@ def test_goes_on_after_whatever_ended_it(tiny, tmp_path):
     ("lr", .03), ("momentum", 0.0), ("batch_size", 12), ("noise", .2), ("width", 3), ("dtype", "float64"),
     ("subset", 40), ("group_size", 20), ("probe_examples", 5), ("data_crc32", {"y_test": np.arange(30) % 2}),
     ("data_crc32", {"mean": [.1] * 3, "std": [.4] * 3}), ("loss", (LOSS, "F.multi_margin_loss")),
-    ("network", (NETWORK, "nn.Sequential(nn.Flatten(), nn.Linear(192, classes))")), ("script", cscore)])
+    ("network", (NETWORK, "nn.Sequential(nn.Flatten(), nn.Linear(192, classes))")), ("script", cscore),
+    ("parameters", (NETWORK, NETWORK.replace("o.width", "3")))])
 def test_another_run_in_the_same_folder_is_refused(trained, tmp_path, key, changed):
     """Before anything trains, naming the folder and the difference."""
     script, options = noisy, {"dataset": trained / "tiny.npz", **TINY, "alpha": [.5, 1], "epochs": 3}
@@ -220,7 +221,7 @@ def test_another_run_in_the_same_folder_is_refused(trained, tmp_path, key, chang
         np.savez(tmp_path / "other.npz", **{**tiny_arrays(), **changed})
     elif key == "script":
         script = changed
-    elif key in ("loss", "network"):
+    elif isinstance(changed, tuple):
         script = swapped(tmp_path, *changed)
     else:
         options[key] = changed
@@ -368,15 +369,6 @@ def test_another_loss_is_one_line(tiny, tmp_path):
     assert len(levels) > 3 and max(levels) == .316 and "<lambda>" in summary["conclusion"]
 
 
-def for_all_scripts(folder):
-    """Tiny data that serves noisy.py, cscore.py and spurious.py."""
-    arrays = tiny_arrays(classes=2)
-    for split in ("train", "test"):
-        arrays[f"attribute_{split}"] = np.arange(len(arrays[f"y_{split}"])) % 5 // 2 % 2
-    np.savez(folder / "tiny.npz", **arrays)
-    return folder / "tiny.npz"
-
-
 @pytest.mark.parametrize("alpha", [1, 100, math.inf])
 @pytest.mark.parametrize("script", ["noisy", "cscore", "spurious"])
 def test_the_step_never_leaves_the_device(tmp_path, script, alpha, monkeypatch):
@@ -399,7 +391,8 @@ def test_the_step_never_leaves_the_device(tmp_path, script, alpha, monkeypatch):
     monkeypatch.setattr(common, "Run", OnMeta)
     monkeypatch.setattr(common, "Linearity", lambda *rest: None)
     monkeypatch.setattr(common, "sweep", one_run)
-    importlib.import_module(script).main(dataset=for_all_scripts(tmp_path), **TINY)
+    np.savez(tmp_path / "all.npz", **small_arrays())
+    importlib.import_module(script).main(dataset=tmp_path / "all.npz", **TINY)
     assert len(steps) == 3
 
 

@@ -15,34 +15,14 @@ from torchvision import datasets, models
 import cscore
 import noisy
 import spurious
-from conftest import TINY, records_of
+from conftest import TINY, records_of, refused, small_arrays
 
 WATERBIRDS = "waterbird_complete95_forest2water2"
-
-
-def refused(match, function, *arguments, **options):
-    """function(...) is a ValueError or an OSError, in one line that matches."""
-    with pytest.raises((ValueError, OSError), match=match) as error:
-        function(*arguments, **options)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 3000
 
 
 def load(dataset, data_dir="data", **changes):
     options = dict(dataset=dataset, data_dir=data_dir, digits=[7, 9], agree=.95, seeds=[0], subset=None, batch_size=1)
     return spurious.load(types.SimpleNamespace(**{**options, **changes}))
-
-
-def small_arrays(train=(30, 4, 3, 30), test=(5, 5, 5, 5), size=8):
-    """Counts of the cells 00, 01, 10, 11 -> arrays. The label is a bar's place, the attribute the brightness."""
-    rng, arrays = np.random.default_rng(0), {}
-    for split, counts in (("train", train), ("test", test)):
-        y, attribute = np.repeat([0, 0, 1, 1], counts), np.repeat([0, 1, 0, 1], counts)
-        x = rng.integers(0, 60, (len(y), size, size, 3)) + 80 * attribute[:, None, None, None]
-        x[y == 0, :, :2] += 60
-        x[y == 1, :, 4:6] += 60
-        arrays.update({f"x_{split}": x.astype(np.uint8), f"y_{split}": y, f"attribute_{split}": attribute,
-                       f"score_{split}": rng.uniform(size=len(y))})
-    return arrays
 
 
 def no_network(*arguments, **more):
