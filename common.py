@@ -135,20 +135,16 @@ class LinearizedModel(nn.Module):
         return self.derivative(self.model0, x, direction, self.forward_mode)
 
     @staticmethod
-    def call(model, theta, x):
-        """f_theta(x), theta: {a parameter's name: tensor}."""
-        before = [(m, dict(m._parameters)) for m in model.modules()]
-        try:
-            return torch.func.functional_call(model, theta, (x.clone(),))
-        finally:
-            for m, parameters in before:  # torch does not put back those of a module that is registered twice
-                m._parameters.update(parameters)
-
-    @staticmethod
     def derivative(model, x, direction, forward_mode):
         """d f_(theta + t direction)(x) / dt at t = 0, (N, C); direction: {a parameter's name: tensor}."""
+        before = [(m, dict(m._parameters)) for m in model.modules()]
+
         def f(*theta):
-            return LinearizedModel.call(model, dict(zip(direction, theta)), x)
+            try:
+                return torch.func.functional_call(model, dict(zip(direction, theta)), (x.clone(),))
+            finally:
+                for m, parameters in before:  # torch does not put back those of a module that is registered twice
+                    m._parameters.update(parameters)
 
         wanted, cudnn = torch.is_grad_enabled(), torch.backends.cudnn.enabled
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):  # no derivative is seen in inference mode
@@ -168,29 +164,30 @@ class LinearizedModel(nn.Module):
     def find_mode(model, x):
         """Whether forward mode gives the derivative that autograd sees. (It ignores torch.no_grad and .data in a
         network, and some layers have no formula for it.) For random u and v, J v must agree with J^T u, in its value
-        and its slope in v. ValueError: neither forward mode does, nor two backward passes."""
+        and its slope in v. model: a frozen copy. ValueError: neither forward mode does, nor two backward passes."""
         for forward_mode in (True, False):
             generator = torch.Generator().manual_seed(0)
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    theta, v = {}, {}
-                    for name, p in model.named_parameters():
-                        theta[name] = p.detach().clone().requires_grad_()
-                        v[name] = torch.randn(p.shape, generator=generator).to(p).requires_grad_()
-                    f = LinearizedModel.call(model, theta, x)
-                    u = torch.randn(f.shape, generator=generator).to(f)
-                    seen = torch.autograd.grad(f, list(theta.values()), u, materialize_grads=True)  # J^T u
+                    v = {}
+                    for name, p in model.requires_grad_().named_parameters():
+                        v[name] = torch.randn(p.shape, generator=generator).to(p.detach()).requires_grad_()
+                    f = model(x.clone())
+                    u = torch.randn(f.shape, generator=generator).to(f.detach())
+                    seen = torch.autograd.grad(f, list(model.parameters()), u, materialize_grads=True)  # J^T u
                     Jv = LinearizedModel.derivative(model, x, v, forward_mode)
                     slope = torch.autograd.grad(Jv, list(v.values()), u, materialize_grads=True)
             except Exception as error:  # whatever a network stumbles over
                 reason = str(error).split("\n")[0]
                 continue
+            finally:
+                model.requires_grad_(False)
             tolerance = 1e-2 if u.element_size() > 2 else .2  # TF32 and bfloat16 round
             gap = (u * Jv).sum() - sum((g.conj() * w).real.sum() for g, w in zip(seen, v.values()))
             wrong = sum((g - h).norm()**2 for g, h in zip(seen, slope))
             if gap.abs() <= tolerance * Jv.norm() and wrong <= tolerance**2 * sum(g.norm()**2 for g in seen):
                 return forward_mode
-            reason = "a layer's derivative has no derivative of its own"
+            reason = "neither way gives the derivative of autograd's backward pass"
         raise ValueError(f"the network cannot be linearised: {reason}")
 
 

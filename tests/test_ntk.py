@@ -218,8 +218,7 @@ def test_a_right_kernel_is_not_refused(name):
 
 def test_a_diverged_network_has_no_finite_kernel():
     model, x = common.mlp([5, 4, 2]), torch.randn(3, 5)
-    with torch.no_grad():
-        model[0].weight.fill_(math.nan)
+    model[0].weight.data.fill_(math.nan)
     assert common.empirical_ntk(model, x).isnan().any()
 
 
@@ -291,9 +290,8 @@ def test_kernel_alignment():
 
 def test_relu_signs_and_representation_by_hand():
     model = common.mlp([2, 2, 1])
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
-        model[0].bias.zero_()
+    model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    model[0].bias.data.zero_()
     x = torch.tensor([[1.0, 1.0], [-1.0, -2.0], [0.0, 3.0]])
     assert common.relu_signs(model, x).tolist() == [[True, False], [False, True], [False, False]]
     assert common.representation(model, x).tolist() == [[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
@@ -333,9 +331,8 @@ def test_linearisation_error():
         assert math.isnan(common.linearisation_error(f, x))  # 0 / 0 at theta0
         g = torch.Generator().manual_seed(1)
         step = [torch.randn(p.shape, generator=g, dtype=p.dtype) * .05 / alpha for p in f.model.parameters()]
-        with torch.no_grad():
-            for p, s in zip(f.model.parameters(), step):
-                p.add_(s)
+        for p, s in zip(f.model.parameters(), step):
+            p.data += s
         linear = alpha * jacobian(start, x) @ torch.cat([s.flatten() for s in step])
         expected = ((f(x) - linear).norm() / f(x).norm()).item()
         assert common.linearisation_error(f, x) == pytest.approx(expected, rel=1e-8)

@@ -178,10 +178,8 @@ K, K2 = (lambda A: A @ A.T)(X + 1), (lambda A: A @ A.T)(X**2)
 
 
 def moved(f):
-    with torch.no_grad():
-        for p in f.parameters():
-            if p.requires_grad:
-                p.add_(.1)
+    for p in f.parameters():
+        p.data += .1 * p.requires_grad
     return f
 
 
