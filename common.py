@@ -1419,10 +1419,11 @@ def draw_differences(ax, pairs, on, quantity):
     """Each alpha minus the largest at every level, with its 95 % interval, and a line at 0."""
     ax.axhline(0, color="black", linewidth=.8)
     read = where(pairs, on=on, quantity=quantity)
-    for k, alpha in enumerate(sorted({row["alpha"] for row in read})):
+    alphas = sorted({row["alpha"] for row in read})
+    for k, alpha in enumerate(alphas):
         found = [(row["level"], row["mean"], row["low"], row["high"]) for row in where(read, alpha=alpha)]
         level, mean, low, high = np.array(found, float).T  # None, below three runs, becomes nan
-        ax.errorbar(level * (1 - .012 * k), mean, [mean - low, high - mean], linestyle="", **look(alpha))
+        ax.errorbar(level * (1 - .03 * k / len(alphas)), mean, [mean - low, high - mean], linestyle="", **look(alpha))
     ax.set_title(f"(b) {quantity.replace('_', ' ')}, minus that at the largest α")
     to_the_right(ax, on)
 
@@ -1438,9 +1439,9 @@ def draw_linearity(similarity, error, rows, on):
     similarity.set(ylim=(0, 1.05), title="(c) similarity to initialisation")
     similarity.legend(handles=handles)
     draw(error, rows, on, "linearisation_error")
-    error.set(ylim=(0, None), title="(d) distance from the linearisation")
+    error.set(ylim=(0, 1.3 * error.get_ylim()[1]), title="(d) distance from the linearisation")
     if error.lines:
-        error.legend()
+        error.legend(ncols=2)
 
 
 def draw_crosses(ax, points):

@@ -119,6 +119,8 @@ CLAIMS = {  # start of the row: the numbers from the records behind the figures
         for seeds in common.read_runs(ROOT / "figures" / "noisy").values()],
     "Noisy: beyond the control": lambda: [
         paired("noisy_control", 1, "clean_loss", level, "noisy_minus_control") for level in (1.03, 1)],
+    "Noisy: noisy loss minus": lambda: [row["mean"] for row in common.where(
+        summary_of("noisy_5k")["differences"], on="clean_loss", level=1.26, quantity="noisy_loss")],
     "Dominoes: gap": lambda: [mean("dominoes", alpha, "mean_train_loss", .312, "gap") for alpha in (1, 100)],
     "Dominoes: accuracy": lambda: [mean("dominoes", alpha, "with_acc", .9, "against_acc") for alpha in (1, 100)],
 }

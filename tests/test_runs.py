@@ -356,8 +356,7 @@ def test_another_network_is_one_line(tiny, tmp_path, capsys, kind):
     assert last["1"]["clean_loss"] != pytest.approx(last["inf"]["clean_loss"], rel=1e-2)
     rich, lazy, linear = (last[alpha]["linearisation_error"] for alpha in ("1", "1000", "inf"))
     assert 0 == linear < lazy < rich / 20 and last["inf"]["ntk_alignment"] == pytest.approx(1)
-    network = json.loads((tmp_path / "run" / "alpha=1_seed=0" / "args.json").read_text())["network"]
-    assert network == ("ResNet18" if kind == "resnet" else "Net")
+    assert summary["options"]["network"] == ("ResNet18" if kind == "resnet" else "Net")
     assert capsys.readouterr().out.count("not measured") == (0 if kind == "resnet" else 3)  # no nn.ReLU: once a run
 
 
