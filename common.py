@@ -91,10 +91,11 @@ class CenteredModel(nn.Module):
         self.model0 = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, x, f0=None):
-        mode = (torch.is_grad_enabled(), *[m.training for m in self.modules()])
-        for network in (self.model, self.model0):
-            check_deterministic(network, None if mode in self.checked else x)
-        self.checked.add(mode)
+        mode = (torch.is_grad_enabled(), nn.utils.parametrize._cache_enabled, *[m.training for m in self.modules()])
+        if mode not in self.checked:
+            check_deterministic(self.model, x)
+            check_deterministic(self.model0, x)
+            self.checked.add(mode)
         if f0 is None or x.requires_grad:
             f0 = self.model0(x.clone())  # a copy for each: a network may change its input in place
             x = x.clone()
@@ -123,12 +124,13 @@ class LinearizedModel(nn.Module):
         self.model0 = copy.deepcopy(model).requires_grad_(False)
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.delta = nn.ParameterList(torch.zeros_like(self.model0.get_parameter(name)) for name in self.names)
-        self.forward_mode, self.checked = None, set()  # decided at the first call
+        self.forward_mode, self.checked = None, set()  # the first is decided at the first call
 
     def forward(self, x, f0=None):
-        mode = (torch.is_grad_enabled(), *[m.training for m in self.modules()])
-        check_deterministic(self.model0, None if mode in self.checked else x)
-        self.checked.add(mode)
+        mode = (torch.is_grad_enabled(), nn.utils.parametrize._cache_enabled, *[m.training for m in self.modules()])
+        if mode not in self.checked:
+            check_deterministic(self.model0, x)
+            self.checked.add(mode)
         direction = dict(zip(self.names, self.delta))
         if self.forward_mode is None:
             self.forward_mode = x.device.type == "meta" or self.find_mode(self.model0, x)
