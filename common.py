@@ -1607,18 +1607,19 @@ def parse(made, quick, loss, words, options):
     return o
 
 
-def sweep(o, load, run, conclude, draw):
-    """Train what --out does not hold yet, run(alpha, seed, load(o), o) for each pair; then from every run that is there
-    rows, pairs, conclusion = conclude(o, runs), which prints, and draw(o, rows, pairs). Returns the summary. Under
-    torchrun each process takes its share of the pairs, and whoever finds every run ended concludes."""
+def sweep(o, run, conclude, draw, load, *what):
+    """Train what --out does not hold yet, run(alpha, seed, load(*what), o) for each pair; then from every run that is
+    there rows, pairs, conclusion = conclude(o, runs), which prints, and draw(o, rows, pairs). Returns the summary.
+    Under torchrun each process takes its share of the pairs, and whoever finds every run ended concludes."""
     if not o.draw_only:
         pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
-        images = load(o)
-        o.data_crc32 = crc32(np.asarray(v) for _, v in sorted(images.items()) if isinstance(v, (list, np.ndarray)))
+        arrays = [np.asarray(v) for _, v in sorted(load(*what).items()) if isinstance(v, (list, np.ndarray))]
+        o.data_crc32 = crc32(arrays)
+        del arrays
         check_out(o.out, identity(o), warn=True)
         missing = [pair for pair in share_of_rank(pairs) if needs_training(folder_of(o, *pair), o)]
-        tasks = [(*pair, images, o) for pair in missing]
-        for _ in side_by_side(o, run, tasks, threads=1 if o.quick else None):
+        tasks = [(run, *pair, o, load, *what) for pair in missing]
+        for _ in side_by_side(o, load_and_run, tasks, threads=1 if o.quick else None):
             pass
         if any(needs_training(folder_of(o, *pair), o) for pair in pairs):
             return {}  # another process is at work on them, and will conclude
@@ -1634,6 +1635,11 @@ def sweep(o, load, run, conclude, draw):
     for alpha, seeds in runs.items():
         diverged += [folder_of(o, alpha, seed).name for seed in seeds if seeds[seed][-1].get("ended") == "diverged"]
     return write_summary(o, args, rows, pairs, diverged, conclusion)
+
+
+def load_and_run(run, alpha, seed, o, load, *what):
+    """A run reads its data anew. (Handed to a child of --jobs that dies, images would fill a pipe that none reads.)"""
+    run(alpha, seed, load(*what), o)
 
 
 def write_summary(o, args, rows, pairs, diverged, conclusion):

@@ -178,7 +178,7 @@ def main(*words, **options):
     """Train, conclude and draw, with the command line's words, or its options as keywords: main(alpha=[1, 100],
     quick=True). Returns the summary; raises ValueError or OSError for bad input."""
     o = common.parse(common.image_parser(__file__, __doc__), QUICK, loss_of, words, options)
-    return common.sweep(o, load, run, conclude, draw)
+    return common.sweep(o, run, conclude, draw, load, o)
 
 
 if __name__ == "__main__":

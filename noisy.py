@@ -123,7 +123,7 @@ def main(*words, **options):
     parser.add_argument("--noise", type=common.number(float, above=0, below=1), default=.15, metavar="X",
                         help="share of the training labels that are replaced")
     o = common.parse(parser, QUICK, loss_of, words, options)
-    return common.sweep(o, lambda o: common.load_images(o.dataset, o.data_dir), run, conclude, draw)
+    return common.sweep(o, run, conclude, draw, common.load_images, o.dataset, o.data_dir)
 
 
 if __name__ == "__main__":

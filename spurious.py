@@ -393,7 +393,7 @@ def main(*words, **options):
         o.lr = {"dominoes": .002, "waterbirds": .001}.get(o.dataset, .01)
     if o.dataset in ("celeba", "waterbirds"):
         o.jobs = o.jobs or 1  # each process holds all images
-    return common.sweep(o, load, run, conclude, draw)
+    return common.sweep(o, run, conclude, draw, load, o)
 
 
 if __name__ == "__main__":

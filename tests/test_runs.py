@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import pickle
 import shutil
 import signal
 import subprocess
@@ -383,8 +384,8 @@ def test_the_step_never_leaves_the_device(tmp_path, script, alpha, monkeypatch):
                 yield torch.arange(10, device="meta")
                 steps.append(alpha)
 
-    def one_run(o, load, run, conclude, draw):
-        images, o.device = load(o), torch.device("meta")
+    def one_run(o, run, conclude, draw, load, *what):
+        images, o.device = load(*what), torch.device("meta")
         run(alpha, 0, images, o)
 
     monkeypatch.setattr(common, "Run", OnMeta)
@@ -395,10 +396,14 @@ def test_the_step_never_leaves_the_device(tmp_path, script, alpha, monkeypatch):
     assert len(steps) == 3
 
 
-def test_jobs_make_the_same_records_and_end_together(tiny, tmp_path):
+def test_jobs_make_the_same_records_and_end_together(tiny, tmp_path, monkeypatch):
+    pool, sizes = common.concurrent.futures.ProcessPoolExecutor, []
+    submit = pool.submit
+    monkeypatch.setattr(pool, "submit", lambda *task: sizes.append(len(pickle.dumps(task[1:]))) or submit(*task))
     one = tiny_run(tiny, tmp_path / "one", epochs=3)
     two = tiny_run(tiny, tmp_path / "two", epochs=3, jobs=2)
     assert one["readings"] == two["readings"]
+    assert max(sizes) < 8000  # no images: where a child has died, a pipe that is full (64 KB) blocks
     assert_same(tmp_path / "one", tmp_path / "two", "alpha=1_seed=0", "alpha=100_seed=0")
     (tmp_path / "two" / "alpha=100_seed=0" / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read"):  # an error in a child is the parent's one line
