@@ -1340,7 +1340,7 @@ def verdict(runs, rows, pairs, on, quantity, claim, about):
             read.append(row)
     if len(read) < 2:
         return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run. Train longer "
-                "(--epochs, a lower --stop-loss); where the loss does not fall, try a smaller --lr.")
+                "(more epochs or iterations, a lower stop-loss); where the loss does not fall, try a smaller --lr.")
     lower, low = read[:2]
     word = "is not shown by these runs"
     if low["n"] < 3:
@@ -1613,32 +1613,39 @@ def sweep(o, run, conclude, draw, load, *what):
     Under torchrun each process takes its share of the pairs, and whoever finds every run ended concludes."""
     if not o.draw_only:
         pairs = [(alpha, seed) for seed in o.seeds for alpha in o.alpha]
-        arrays = [np.asarray(v) for _, v in sorted(load(*what).items()) if isinstance(v, (list, np.ndarray))]
-        o.data_crc32 = crc32(arrays)
-        del arrays
+        o.data_crc32 = crc32(np.asarray(v) for _, v in sorted(load(*what).items())
+                             if isinstance(v, (list, np.ndarray)))
         check_out(o.out, identity(o), warn=True)
         missing = [pair for pair in share_of_rank(pairs) if needs_training(folder_of(o, *pair), o)]
         tasks = [(run, *pair, o, load, *what) for pair in missing]
         for _ in side_by_side(o, load_and_run, tasks, threads=1 if o.quick else None):
             pass
         if any(needs_training(folder_of(o, *pair), o) for pair in pairs):
-            return {}  # another process is at work on them, and will conclude
+            print("not all runs have ended: another process is at work on them, or else the same command goes on")
+            return {}
     runs = read_runs(o.out)
     args = read_args(folder_of(o, min(runs), min(runs[min(runs)])))
     if args["script"] != o.script:
         raise ValueError(f"{o.out} holds runs of {args['script']}.py: choose another --out")
     o.dataset, o.loss = args["dataset"], args.get("loss", o.loss)  # earlier versions did not name the loss
     o.about = ", ".join([args["network"], o.loss] if "network" in args else [o.loss])
-    rows, pairs, conclusion = conclude(o, runs)
-    draw(o, rows, pairs)
     diverged = []
     for alpha, seeds in runs.items():
-        diverged += [folder_of(o, alpha, seed).name for seed in seeds if seeds[seed][-1].get("ended") == "diverged"]
+        for seed, records in seeds.items():
+            ended, name = records[-1].get("ended"), folder_of(o, alpha, seed).name
+            if not ended:
+                print(f"{name} has not ended: it is read as far as it has come")
+            if ended == "diverged":
+                diverged.append(name)
+    rows, pairs, conclusion = conclude(o, runs)
+    draw(o, rows, pairs)
     return write_summary(o, args, rows, pairs, diverged, conclusion)
 
 
 def load_and_run(run, alpha, seed, o, load, *what):
     """A run reads its data anew. (Handed to a child of --jobs that dies, images would fill a pipe that none reads.)"""
+    if name_of(run.__globals__["loss_of"]) != o.loss:
+        raise ValueError("a child of --jobs reads the script's file, and its loss is not this process's: --jobs 1")
     run(alpha, seed, load(*what), o)
 
 
@@ -1687,14 +1694,16 @@ def side_by_side(o, work, tasks, threads=None):
 
 def exactly(work, threads, *task):
     """work(*task) in true float32: TF32, cuDNN's default, keeps 10 bits of the mantissa, and alpha multiplies what it
-    rounds off. With gradients, whatever the caller has switched off, and on so many threads."""
-    before = torch.get_num_threads()
+    rounds off. With gradients and float32 weights, whatever the caller has set, and on so many threads."""
+    before, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
     try:
         with torch.inference_mode(False), torch.enable_grad(), true_float32():
             return work(*task)
     finally:
         torch.set_num_threads(before)
+        torch.set_default_dtype(dtype)
 
 
 def start_child():
@@ -1715,7 +1724,8 @@ def start_child():
 def command_line(main):
     """Run main(*words) as a program: one line and exit code 2 for bad input, 130 for Ctrl-C, 1 if a run diverged."""
     script = os.path.basename(sys.argv[0])
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a character ends no run
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print a character ends no run
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated")  # torch's own, on its first jvp
     try:
         sys.exit(1 if main("--jobs", "0", *sys.argv[1:]).get("diverged") else 0)

@@ -170,10 +170,9 @@ def train_missing(o, args):
         if missing:
             common.write_atomically(pathlib.Path(o.out) / f"alpha={alpha:g}" / "args.json", common.json_line(args))
         for first in range(0, o.runs, o.chunk):
-            chunk = [run for run in missing if first <= run < first + o.chunk]
-            if chunk:
-                chunks.append((chunk, alpha, o))
-    for k, written in enumerate(common.side_by_side(o, train_chunk, common.share_of_rank(chunks), threads=1)):
+            chunks.append(([run for run in missing if first <= run < first + o.chunk], alpha, o))
+    chunks = [task for task in common.share_of_rank(chunks) if task[0]]  # the same share whatever others have trained
+    for k, written in enumerate(common.side_by_side(o, train_chunk, chunks, threads=1)):
         common.progress(f"{k + 1} of {len(chunks)}: {written}", "\n")
 
 
@@ -359,7 +358,8 @@ def main(*words, **options):
     if not found:
         raise ValueError(f"{o.out} (--out): there are no records of runs")
     if not o.draw_only and any(alpha not in found or len(found[alpha]["runs"]) < o.runs for alpha in o.alpha):
-        return {}  # another process of torchrun is still at work, and will draw
+        print("not all runs have ended: another process is at work on them, or else the same command goes on")
+        return {}
     args = common.read_args(pathlib.Path(o.out) / f"alpha={min(found):g}")
     common.check_out(o.out, args)  # no figure of runs that differ in more than alpha
     o.extra_dims, o.iterations, o.lr, o.loss = (args[name] for name in ("extra_dims", "iterations", "lr", "loss"))

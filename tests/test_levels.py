@@ -140,7 +140,7 @@ def test_the_verdict_needs_both_of_the_two_lowest_levels():
     short = {1.0: {0: run(1)}, 100.0: {0: run(1, count=4)}}
     rows = common.readings(short)
     text = common.verdict(short, rows, common.differences(rows, ["gap"]), "mean_train_loss", "gap", "", "")
-    assert "Nothing is concluded" in text and "--epochs" in text and "smaller --lr" in text
+    assert "Nothing is concluded" in text and "more epochs" in text and "smaller --lr" in text
     assert "One alpha" in common.verdict({1.0: {0: run(1)}}, rows, [], "mean_train_loss", "gap", "", "")
 
 

@@ -166,7 +166,7 @@ def test_a_run_that_goes_off_is_called_diverged_and_the_others_go_on(tiny, tmp_p
     assert last["1"]["mean_train_loss"] is None and last["inf"]["mean_train_loss"] > 2
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["diverged"]) == 3 and summary["conclusion"].startswith("Nothing is concluded")
-    assert "--epochs" in summary["conclusion"] and "smaller --lr" in summary["conclusion"]
+    assert "more epochs" in summary["conclusion"] and "smaller --lr" in summary["conclusion"]
 
 
 def test_in_steps_equals_the_whole_at_once(tiny, tmp_path, capsys):
