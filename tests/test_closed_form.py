@@ -90,23 +90,3 @@ def test_alpha_is_a_scale_of_the_targets_bit_for_bit(alpha, momentum):
     trained(scaled, common.scaled_sgd(scaled, .02, momentum), 100)
     trained(plain, common.scaled_sgd(plain, .02, momentum), 100, THETA / alpha)
     assert torch.equal(scaled.model.a, plain.model.a) and not torch.equal(scaled.model.a, scaled.model0.a)
-
-
-def mutants():
-    """What a wrong implementation would train: the path of each must leave the recursion."""
-    def mutant(alpha=100.0, lr=None, decay=0.0, momentum=.9):
-        f = common.center(Diagonal(), alpha)
-        return f, torch.optim.SGD(f.model.parameters(), lr or .02 / alpha**2, momentum, weight_decay=decay)
-
-    uncentred, moving = mutant(), mutant()
-    uncentred[0].model0.b.zero_()
-    moving[0].model0 = moving[0].model
-    return {"lr / alpha": mutant(lr=.02 / 100), "no f0": uncentred, "f0 moves": moving,
-            "weight decay": mutant(decay=1.0), "momentum / alpha": mutant(momentum=.009)}
-
-
-@pytest.mark.parametrize("name", mutants())
-def test_mutants_leave_the_recursion(name):
-    f, optimizer = mutants()[name]
-    path = trained(f, optimizer, 50)
-    assert not (path - recursion(100.0, .02, 50, .9)).abs().max() < 1e-3

@@ -1,5 +1,7 @@
 """Runs: records, probes on a schedule, resuming, refusals and options, through noisy.py on tiny data."""
+import contextlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -118,8 +120,10 @@ def test_probes_come_on_a_schedule_that_no_loss_can_influence(tiny, tmp_path, ca
 def test_the_seed_alone_decides_and_a_probe_changes_nothing(tiny, tmp_path):
     tiny_run(tiny, tmp_path / "a", alpha=[1], seeds=[0, 1], epochs=2)
     tiny_run(tiny, tmp_path / "b", alpha=[1], epochs=2, probe_examples=3)  # another measurement of the same trajectory
-    with torch.inference_mode():  # whatever the caller has set
+    torch.set_default_dtype(torch.float64)  # whatever the caller has set
+    with torch.inference_mode():
         tiny_run(tiny, tmp_path / "c", alpha=[1], epochs=2)
+    torch.set_default_dtype(torch.float32)
     assert_same(tmp_path / "a", tmp_path / "c")
     end = {}
     for out, seed in (("a", 0), ("b", 0), ("a", 1)):
@@ -192,7 +196,7 @@ def test_stop_loss_ends_a_run_by_the_mean_of_five_probes(tiny, tmp_path):
     assert means[-1] < .8 <= min(means[:-1]) and "ntk_alignment" in log[-1] and log[-1]["ended"] == "stop-loss"
 
 
-def test_goes_on_after_whatever_ended_it(tiny, tmp_path):
+def test_goes_on_after_whatever_ended_it(tiny, tmp_path, capsys):
     tiny_run(tiny, tmp_path / "whole", **LONG)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
         out = tmp_path / str(code)
@@ -204,6 +208,8 @@ def test_goes_on_after_whatever_ended_it(tiny, tmp_path):
         err = process.communicate()[1].strip()
         assert process.returncode == code and 5 <= len(records(out)) < 30
         assert err == ("noisy.py: stopped; the same command goes on from here" if number == signal.SIGINT else "")
+        noisy.main(out=out, draw_only=True)
+        assert "alpha=1_seed=0 has not ended" in capsys.readouterr().out
         tiny_run(tiny, out, **LONG)
         assert_same(out, tmp_path / "whole")
 
@@ -283,6 +289,8 @@ def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):
     for wrong in (dict(momentum=False), dict(epochs=True), dict(lr=[1, 2]), dict(seeds=[]), dict(draw=1)):
         with pytest.raises(ValueError, match="unrecognized|expected"):
             parsed(**wrong)
+    with contextlib.redirect_stdout(io.StringIO()):  # a notebook's %run
+        assert command(monkeypatch, "--draw-only", "--out", "none") == 2
     assert command(monkeypatch, "--help") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "(default: 0.01)" in out and "The claim" in out and "--quick: dataset synthetic, seeds [0, 1, 2]" in out
@@ -405,6 +413,10 @@ def test_jobs_make_the_same_records_and_end_together(tiny, tmp_path, monkeypatch
     assert one["readings"] == two["readings"]
     assert max(sizes) < 8000  # no images: where a child has died, a pipe that is full (64 KB) blocks
     assert_same(tmp_path / "one", tmp_path / "two", "alpha=1_seed=0", "alpha=100_seed=0")
+    monkeypatch.setattr(noisy, "loss_of", F.multi_margin_loss)  # a child would not know of it
+    with pytest.raises(ValueError, match="loss is not"):
+        tiny_run(tiny, tmp_path / "three", jobs=2)
+    monkeypatch.undo()
     (tmp_path / "two" / "alpha=100_seed=0" / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read"):  # an error in a child is the parent's one line
         tiny_run(tiny, tmp_path / "two", epochs=4000, jobs=2)

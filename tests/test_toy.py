@@ -141,9 +141,15 @@ def test_quick_shows_the_effect_and_the_animation(tmp_path):
     assert (tmp_path / "toy.gif").stat().st_size > 50000 and not list(tmp_path.glob("*.part*"))
 
 
-def test_chunks_jobs_and_the_order_of_runs_do_not_matter(whole, tmp_path):
+def test_chunks_jobs_and_the_order_of_runs_do_not_matter(whole, tmp_path, monkeypatch):
     toy.main(**{**TINY, "chunk": 5, "jobs": 2}, out=str(tmp_path / "one"))
     assert_same(whole, tmp_path / "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # two processes of torchrun, the second after the end of the first
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        toy.main(**TINY, out=str(tmp_path / "three"))
+    assert_same(whole, tmp_path / "three")
+    monkeypatch.undo()
     toy.main(**{**TINY, "alpha": [5], "runs": 3}, out=str(tmp_path / "two"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("runs=*.npz")}
     toy.main(**TINY, out=str(tmp_path / "two"))  # more alphas and runs extend it; what is there is not trained again
