@@ -11,7 +11,7 @@ The C-score of an example (Jiang, Zhang, Talwar, Mozer, ICML 2021) is how well n
 label: near 1 for a typical image, near 0 for an odd one. Decile 1 holds the lowest tenth (hardest), decile 10 the
 highest.
 
---quick took 42 seconds on two idle CPU cores (AMD EPYC, 2026-11-29), 237 on busy ones. It prints, before the tables,
+--quick took 46 seconds on two idle CPU cores (AMD EPYC, 2026-11-29), 237 on busy ones. It prints, before the tables,
 
     The claim that rich networks lag more on hard deciles holds in these runs: gap at alpha = 1 minus that at alpha =
     100 is +0.126 [0.003, 0.249] at mean_train_loss 1.61 and +0.187 [0.030, 0.343] at mean_train_loss 1.49 (n = 3;

@@ -8,7 +8,7 @@ The claim: at an equal loss of the clean examples, the rich network (alpha = 1) 
 the lazy one (alpha = 100). It hastens towards what is easy; its noisy group's loss stays above. Part of that is better
 generalisation, so held-out images with wrong labels, which no network has seen, are watched as a control.
 
---quick took 34 seconds on two idle CPU cores (AMD EPYC, 2026-11-29), 157 on busy ones. It prints, before the tables,
+--quick took 36 seconds on two idle CPU cores (AMD EPYC, 2026-11-29), 157 on busy ones. It prints, before the tables,
 
     The claim that rich networks learn wrong labels later holds in these runs: noisy_loss at alpha = 1 minus that at
     alpha = 100 is +0.247 [0.198, 0.297] at clean_loss 1.61 and +0.353 [0.274, 0.432] at clean_loss 1.49 (n = 3;

@@ -12,7 +12,7 @@ The claim: at an equal training loss, the rich network (alpha = 1) leans on the 
 A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For either label the cell with the larger share
 of the training set goes *with* the correlation, the other *against* it. (In CelebA with is women, against is men.)
 
---quick took 34 seconds on two idle CPU cores (AMD EPYC, 2026-11-29), 332 on very busy ones; the README's dominoes 3.5
+--quick took 36 seconds on two idle CPU cores (AMD EPYC, 2026-11-29), 332 on very busy ones; the README's dominoes 3.5
 minutes (alpha = 1) and 11 to 12 (100) a run on one. It prints, before the tables,
 
     The claim that rich networks lean more on the spurious attribute holds in these runs: gap at alpha = 1 minus
