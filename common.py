@@ -1644,7 +1644,8 @@ def sweep(o, run, conclude, draw, load, *what):
 
 def load_and_run(run, alpha, seed, o, load, *what):
     """A run reads its data anew. (Handed to a child of --jobs that dies, images would fill a pipe that none reads.)"""
-    if name_of(run.__globals__["loss_of"]) != o.loss:
+    loss = run.__globals__.get("loss_of")
+    if loss and name_of(loss) != o.loss:
         raise ValueError("a child of --jobs reads the script's file, and its loss is not this process's: --jobs 1")
     run(alpha, seed, load(*what), o)
 
