@@ -353,7 +353,8 @@ class Jacobian:
         numbers = self.C * sum(p.numel() for p in self.rest)  # what `factors` returns for an example
         for m in self.layers:
             numbers += calls[m][0][1][0].numel() * (self.C + m.weight[0].numel() / len(m.weight))
-        # Two blocks are held at a time, and a graph. Two examples at least: one alone does not depend on others.
+        # Two blocks are held at a time, and a graph. Two examples at least: one alone cannot show that it
+        # depends on others.
         self.block = max(2, int(memory / (3 * numbers * f.element_size())))
 
     def outputs(self, first, last):
