@@ -35,7 +35,6 @@ def center(model, alpha):
 
 class CenteredModel(nn.Module):
     """f^a(x) = a (f_theta(x) - f_theta0(x)): self.model trains, self.model0 is its frozen copy; 0 at the start.
-
     f_theta0(x) never changes, so it can be computed once for a whole data set and handed in as f0: then a step costs
     no second forward pass (and f^a is 0 at the start within rounding only). forward(x, f0=None): x (N, ...), f0 (N, C)
     or None -> (N, C). Raises ValueError: see check_deterministic. Needs: check_deterministic, true_float32."""
@@ -86,7 +85,7 @@ def scaled_sgd(centered, lr, momentum=0.0):
 def check_deterministic(model, x=None):
     """Raise ValueError where f^a means nothing: f(x) depends on chance, on the other examples or on how often it
     was called, or has no row of real numbers for each example. By the layers' names; given x (N, ...), by value:
-    f(x) twice, and f of the first example alone. Needs: true_float32."""
+    f(x) twice, and f of one example alone. Needs: true_float32."""
     for name, m in model.named_modules():
         kind, chance = type(m).__name__, getattr(m, "p", 1)
         random = any(word in kind for word in ("BatchNorm", "Drop", "Stochastic", "RReLU", "SpectralNorm"))
@@ -96,11 +95,12 @@ def check_deterministic(model, x=None):
     if x is None:
         return
     with true_float32(), torch.no_grad():
-        f, again, alone = model(x.clone()), model(x.clone()), model(x[:1].clone())
+        one = slice(len(x) // 2, len(x) // 2 + 1)  # an example with others before and behind
+        f, again, alone = model(x.clone()), model(x.clone()), model(x[one].clone())
     if not isinstance(f, torch.Tensor) or not f.is_floating_point() or f.shape[:1] != x.shape[:1]:
         raise ValueError("the network must return one tensor of real numbers with a row for each example")
     allowed = torch.finfo(f.dtype).eps**.5 * f.norm() / len(f)**.5  # against a typical row
-    if (f - again).norm() > allowed or (f[:1] - alone).norm() > allowed:
+    if (f - again).norm() > allowed or (f[one] - alone).norm() > allowed:
         raise ValueError("f(x) computed twice differs, or f of one example from its row in a batch: the network "
                          "depends on chance or on the other examples, or changes as it is used")
 
@@ -381,14 +381,14 @@ def representation_alignment(R, R0, gram=False):
 
 @torch.no_grad()
 def linearisation_error(centered, x):
-    """|f^a(x) - a grad f_theta0(x) . (theta - theta0)| / |f^a(x)|: how far f^a is from its linearisation.
-    centered: what `center` returned (at a = inf it is its own: 0). x (N, ...). Returns a float, nan at theta0.
-    Raises ValueError: see LinearizedModel. Needs: CenteredModel, LinearizedModel, check_deterministic, true_float32."""
+    """|f^a(x) - a grad f_theta0(x) . (theta - theta0)| / |f^a(x)|, a float, nan at theta0. centered: what `center`
+    returned. Raises as LinearizedModel. Needs: CenteredModel, LinearizedModel, check_deterministic, true_float32."""
     if centered.alpha == math.inf:
         return 0.0
-    theta0 = dict(centered.model0.named_parameters())
-    moved = {name: p - theta0[name] for name, p in centered.model.named_parameters()}
-    LinearizedModel.check_derivative(centered.model0, x)
+    moved = {name: p - centered.model0.get_parameter(name) for name, p in centered.model.named_parameters()}
+    if not hasattr(centered, "derivative_checked"):
+        LinearizedModel.check_derivative(centered.model0, x)
+        centered.derivative_checked = True
     slope = LinearizedModel.derivative(centered.model0, x, moved)
     f = centered(x)
     return ((f - centered.alpha * slope).norm() / f.norm()).item()

@@ -93,8 +93,8 @@ def check_images(images, path):
             need(len(classes) > 1 and np.isin(images[name], range(len(classes))).all())
             images[name] = images[name].astype(np.int64)
             for name in [name, *images.keys() & {f"score_{split}", f"attribute_{split}", "mean", "std"}]:
-                shape = x.shape[3:] if name in ("mean", "std") else x.shape[:1]
-                need(images[name].shape == shape and np.isfinite(images[name]).all())
+                shape, most = (x.shape[3:], 1) if name in ("mean", "std") else (x.shape[:1], np.inf)
+                need(images[name].shape == shape and np.isfinite(images[name]).all() and images[name].max() <= most)
     except (KeyError, TypeError):
         values = images.get(name, np.zeros(0))
         found = f"{values.dtype} {values.shape}" if name in images else "missing"
@@ -143,7 +143,7 @@ def training_indices(images, seed, o):
     """Which training images a seed trains on, ascending: all, or the --subset that it draws. Raises BadInput."""
     total = len(images["y_train"])
     if not o.batch_size <= (o.subset or total) <= total:
-        raise BadInput(f"--subset {o.subset} or --batch-size {o.batch_size} is larger than the {total} images")
+        raise BadInput(f"of {total} images, --subset {o.subset} and --batch-size {o.batch_size} cannot be taken")
     return draw_some(np.arange(total), o.subset, seed)
 
 
@@ -316,7 +316,7 @@ def has_ended(o, alpha, seed):
 def read_runs(out):
     """The records of every run in a folder, {alpha: {seed: [record, ...]}}, ascending. Raises BadInput."""
     runs = collections.defaultdict(dict)
-    for path in pathlib.Path(out).glob("alpha=*_seed=*/log.jsonl"):
+    for path in pathlib.Path(out).glob("alpha=*_seed=*[0-9]/log.jsonl"):
         alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
         runs[float(alpha)][int(seed)] = read_json(path)
     if not runs:
@@ -465,7 +465,7 @@ def print_table(title, read, quantity):
         for row in range(len(means) - 1):
             rich, n = means[row, k], found.n[row, k]
             text = f"{rich:#.3g} - {rich - found.mean[row, k]:#.3g} = {cell(found, row, k)} ({n})"
-            line += f"{text if n else '-':>48}"
+            line += f"  {text if n else '-':>46}"
         print(line)
 
 
@@ -570,7 +570,7 @@ def parse(file, doc, rows, quick, loss, words, options, **defaults):
     if "--quick" in words:
         made.set_defaults(**quick)
     o = made.parse_args(words)
-    o.alpha, o.seeds = sorted(set(o.alpha)), sorted(set(o.seeds))
+    o.alpha, o.seeds = sorted({float(f"{alpha:g}") for alpha in o.alpha}), sorted(set(o.seeds))
     o.script, o.script_crc32 = script, zlib.crc32(pathlib.Path(file).read_bytes())
     data = "" if o.dataset == made.get_default("dataset") else f"_{pathlib.Path(o.dataset).stem}"
     if o.out == "":
@@ -623,7 +623,7 @@ def fix_identity(o, images, network):
     o.parameters = sum(p.numel() for p in network.parameters())
     for name, array in sorted(images.items()):
         if isinstance(array, np.ndarray):  # not a mean and std that were computed here
-            o.data_crc32 = zlib.crc32(np.ascontiguousarray(array), o.data_crc32)
+            o.data_crc32 = zlib.crc32(f"{name} {array.shape}".encode() + array.tobytes(), o.data_crc32)
     check_out(o.out, identity(o))
 
 

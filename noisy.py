@@ -7,9 +7,9 @@
 The claim: at an equal loss of the clean examples, the rich network (alpha = 1) has learnt the wrong labels less than
 the lazy one (alpha = 100). Held-out images with wrong labels, which no network has seen, are watched as a control.
 
-TIMES
-TIMES
-TIMES
+--quick takes 75 s of CPU (AMD EPYC, 2026-11-29). It prints, before the tables, that the claim holds: noisy_loss at
+alpha = 1 minus that at alpha = 100 is +0.188 [0.00585, 0.369] at clean_loss 1.61 and +0.305 [0.160, 0.451] at
+clean_loss 1.49 (n = 3; resnet18, cross_entropy).
 """
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import common
 import experiment
 
-QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=16, width=16, lr=.0008, batch_size=25, probe_examples=25,
-             group_size=250, stop_loss=1.35)
+QUICK = dict(dataset="synthetic", seeds=[0, 1, 2], epochs=16, width=16, lr=.0016, batch_size=50, probe_examples=10,
+             group_size=150, stop_loss=1.35)
 loss_of = F.cross_entropy  # of outputs (n, C) and labels (n,); whatever stands here is trained on, probed and compared
 PAPER = {1: {1.0: 3.09, .5: 2.20}, 100: {1.0: 2.44, .5: 1.35}}  # {alpha: {clean loss: noisy loss}}
 

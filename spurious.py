@@ -12,9 +12,9 @@ The claim: at an equal training loss, the rich network (alpha = 1) leans on the 
 A cell is a (label, attribute) pair: "10" is label 1 with attribute 0. For either label the cell with the larger share
 of the training set goes *with* the correlation, the other *against* it. (In CelebA with is women, against is men.)
 
-TIMES
-TIMES
-TIMES
+--quick takes 78 s of CPU (AMD EPYC, 2026-11-29). It prints, before the tables, that the claim holds: gap at alpha = 1
+minus that at alpha = 100 is +0.381 [0.161, 0.601] at mean_train_loss 0.243 and +0.638 [0.145, 1.13] at mean_train_loss
+0.208 (n = 3; resnet18, binary_cross_entropy).
 """
 import csv
 import pathlib
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 import common
 import experiment
 
-QUICK = dict(dataset="synthetic", alpha=[1.0, 100.0], seeds=[0, 1, 2], epochs=20, width=16, lr=.0005, batch_size=25,
-             probe_examples=25, stop_loss=.2)
+QUICK = dict(dataset="synthetic", alpha=[1.0, 100.0], seeds=[0, 1, 2], epochs=20, width=16, lr=.001, batch_size=50,
+             probe_examples=10, group_size=75, stop_loss=.2)
 CELLS = ("00", "01", "10", "11")  # label and attribute
 CELEBA_TRAIN = 15000  # of the 162,770 training images, as in the paper
 WATERBIRDS = "https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz"
@@ -176,14 +176,14 @@ def waterbirds(data_dir):
     """Land bird 0 or water bird 1 (label) pasted on a picture of land 0 or water 1 (attribute)."""
     from torchvision import transforms
     from torchvision.datasets.utils import download_url
-    archive = data_dir / WATERBIRDS.split("/")[-1]
-    folder = data_dir / archive.name.removesuffix(".tar.gz")
+    folder = data_dir / WATERBIRDS.split("/")[-1].removesuffix(".tar.gz")
     parts = {"0": [], "1": [], "2": []}  # train, validation, test
     with experiment.explained(f"Waterbirds could not be had: put {WATERBIRDS} into {data_dir} {OFFLINE}"):
-        if not (folder / "metadata.csv").exists():
+        if not folder.exists():
             download_url(WATERBIRDS, data_dir)
-            with tarfile.open(archive) as members:
-                members.extractall(data_dir, filter="data")  # refuses whatever would lie outside
+            with tarfile.open(f"{folder}.tar.gz") as members:
+                members.extractall(data_dir / "part", filter="data")  # refuses whatever would lie outside
+            (data_dir / "part" / folder.name).rename(folder)  # only what is whole
         with open(folder / "metadata.csv", newline="") as file:
             for row in csv.DictReader(file):
                 parts[row["split"]].append((str(folder / row["img_filename"]), int(row["y"]), int(row["place"])))

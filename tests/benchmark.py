@@ -2,8 +2,7 @@
 
     python tests/benchmark.py [step] [ntk]
 
-Absolute times depend on the machine and on what else it is doing; compare lines of one run. Prints the machine first.
-"""
+Absolute times depend on the machine and on what else it is doing: compare lines of one run."""
 import pathlib
 import platform
 import resource
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import common
+import experiment
 
 
 def seconds(*functions, repeats=9):
@@ -38,43 +38,29 @@ def plain_convolutions(model):
     return model
 
 
-def step_of(model, alpha, x, y):
-    """One training step of f^alpha, as the scripts take it."""
-    f = common.center(model, alpha)
+def step_of(network, alpha, x, y, as_written=False):
+    """One training step of f^alpha, as the scripts take it; or as one would write it down: f_theta0, too, at each."""
+    f = common.center(network, alpha)
     optimizer = common.scaled_sgd(f, .01, .9)
-    f0 = common.outputs(f.model0, x)
-
-    def step():
-        loss = F.cross_entropy(f(x, f0), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return step
-
-
-def paper_step(x, y):
-    """The step as one would write it down: both networks, momentum, .item() for the log; torch's convolutions."""
-    model, frozen = plain_convolutions(common.resnet18(10)), plain_convolutions(common.resnet18(10))
-    optimizer = torch.optim.SGD(model.parameters(), .01, .9)
+    f0 = experiment.outputs(f.model0, x)
 
     def step():
         with torch.no_grad():
-            f0 = frozen(x)
-        loss = F.cross_entropy(model(x) - f0, y)
+            start = f.model0(x) if as_written else f0
+        loss = F.cross_entropy(f(x, start), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.item() if as_written else loss
     return step
 
 
 def bench_step():
-    torch.manual_seed(0)
     print("\nstep of ResNet18, width 64, batch 125, 32 x 32 images")
     x, y = torch.randn(125, 3, 32, 32), torch.randint(10, (125,))
-    ours, torchs = step_of(common.resnet18(10), 1.0, x, y), step_of(plain_convolutions(common.resnet18(10)), 1.0, x, y)
-    linear = step_of(common.resnet18(10), float("inf"), x, y)
-    t, t_torchs, t_paper, t_linear = seconds(ours, torchs, paper_step(x, y), linear)
+    ours, torchs = common.resnet18(10), plain_convolutions(common.resnet18(10))
+    steps = [step_of(ours, 1.0, x, y), step_of(torchs, 1.0, x, y), step_of(torchs, 1.0, x, y, as_written=True)]
+    t, t_torchs, t_paper, t_linear = seconds(*steps, step_of(ours, float("inf"), x, y))
     print(f"  alpha = 1                       {t:8.4f} s\n"
           f"  with torch's convolutions       {t_torchs:8.4f} s   {t_torchs / t:.2f} x\n"
           f"  and f_theta0, .item() each step {t_paper:8.4f} s   {t_paper / t:.2f} x\n"
@@ -82,7 +68,6 @@ def bench_step():
 
 
 def bench_ntk():
-    torch.manual_seed(0)
     print("\nNTK of ResNet18, all 10 outputs, exact and checked")
     model = common.resnet18(10)
     for n in (25, 50, 100):
@@ -94,6 +79,5 @@ def bench_ntk():
 
 if __name__ == "__main__":
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    benchmarks = {"step": bench_step, "ntk": bench_ntk}
-    for name in sys.argv[1:] or benchmarks:
-        benchmarks[name]()
+    for name in sys.argv[1:] or ("step", "ntk"):
+        {"step": bench_step, "ntk": bench_ntk}[name]()

@@ -59,9 +59,8 @@ def small_arrays(train=(30, 4, 3, 30), test=(5, 5, 5, 5), size=8):
 
 @pytest.fixture
 def tiny(tmp_path):
-    path = tmp_path / "tiny.npz"
-    np.savez(path, **tiny_arrays())
-    return path
+    np.savez(tmp_path / "tiny.npz", **tiny_arrays())
+    return tmp_path / "tiny.npz"
 
 
 # Options with which a whole experiment on `tiny` takes about a second.

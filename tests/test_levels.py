@@ -1,168 +1,145 @@
-"""Equal training loss: the reading rule against simulated runs whose truth is known, statistics, the verdict."""
-import argparse
-import math
+"""Equal training loss: the reading rule on simulated runs whose truth is known, statistics, the verdict, pictures."""
+import types
+from math import inf, isnan, log, nan
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-import common
-
-
-def straight(loss):
-    return 4 - loss
+import experiment
 
 
-def simulated(rng, fall, relation, count=4000, jitter=.08):
-    """A run whose loss falls by `fall` a probe on average, 25 iterations a probe. Loss and quantity are seen with a
-    jitter of their own at every iteration; the true relation is that of the true loss."""
-    true = 2.3 * (1 - fall)**(np.arange(count) / 25)
-    return true * np.exp(jitter * rng.normal(size=count)), relation(true) * np.exp(jitter * rng.normal(size=count))
-
-
-def errors(fall, relation, runs=100):
-    """Mean error of the readings at many levels, and the share of levels that are present."""
-    rng, found, wanted = np.random.default_rng(0), [], 0
-    for _ in range(runs):
-        loss, quantity = simulated(rng, fall, relation, int(25 * math.log(2.3 / .5) / fall))
-        smooth_loss, smooth_quantity = common.smooth(loss[::25]), common.smooth(quantity[::25])
-        for level in (1.5, 1.3, 1.15, 1.0, .85, .7):
-            value = common.value_at(level, smooth_loss, smooth_quantity)
-            wanted += 1
-            if value is not None:
-                found.append(value - relation(level))
-    return np.mean(found), len(found) / wanted
-
-
-@pytest.mark.parametrize("fall", [.04, .07])
-def test_the_reading_does_not_lean(fall):
-    mean, present = errors(fall, straight)
-    assert abs(mean) < .02 and present == 1
-
-
-def test_smooth_by_hand():
-    assert common.smooth([1, 2, 6, 4, 5, 6]).tolist() == [1, 3, 3.6, 4.6]  # windows 1, 3, 5, 5; the last two not read
-    assert len(common.smooth([1, 2])) == 0
-
-
-def test_a_reading_does_not_change_when_the_run_goes_on():
-    rng = np.random.default_rng(0)
-    records = [{"mean_train_loss": l, "iteration": k, "epoch": k / 5, "q": l**2} for k, l in
-               enumerate(2.3 * .96**np.arange(40) * np.exp(.05 * rng.normal(size=40)))]
-    whole = common.curve(records)
-    for n in range(3, 40):
-        part = common.curve(records[:n - 1] + [{**records[n - 1], "ended": "epochs"}])
-        for key in ("mean_train_loss", "q", "iteration"):
-            assert np.array_equal(part[key], whole[key][:len(part[key])])
-
-
-def test_value_at_is_a_line_at_the_first_passage():
-    loss, quantity = np.array([2.0, 1.2, .8, 1.5, .5]), np.array([0.0, 1.0, 3.0, 7.0, 9.0])
-    assert common.value_at(1.0, loss, quantity) == pytest.approx(2)
-    assert common.value_at(.8, loss, quantity) == pytest.approx(3) and common.value_at(.4, loss, quantity) is None
-    assert common.value_at(2.5, loss, quantity) is None and common.value_at(1.0, loss[:0], quantity[:0]) is None
-    accuracy, quantity = np.array([.6, .5, .7, .65, .9]), np.array([9.0, 0.0, 2.0, 3.0, 4.0])
-    rising = lambda level: common.value_at(level, accuracy, quantity, rising=True)
-    assert rising(.6) == pytest.approx(1)  # the first passage after the lowest value
-    assert rising(.8) == pytest.approx(3 + .15 / .25) and rising(.95) is None and rising(.5) is None
-
-
-def test_what_is_measured_at_every_fifth_probe_lies_on_a_line_between_its_neighbours():
-    records = [{"mean_train_loss": 2 * .9**k, "iteration": k} for k in range(14)]
-    for k, value in ((0, 1.0), (5, 2.0), (10, 4.0)):
-        records[k]["rare"] = value
-    columns = common.curve(records)
-    assert columns["rare"][:11] == pytest.approx([1, 1.2, 1.4, 1.6, 1.8, 2, 2.4, 2.8, 3.2, 3.6, 4])
-    assert math.isnan(columns["rare"][11])  # nothing is extrapolated
-    records[5]["rare"] = None
-    assert common.curve(records)["rare"][5] == pytest.approx(2.5)
-
-
-@pytest.mark.parametrize("freedom, t", [
-    (1, 12.7062), (2, 4.30265), (3, 3.18245), (9, 2.26216), (20, 2.08596), (21, 2.07961), (30, 2.04227), (60, 2.00030),
-    (99, 1.98422)])
-def test_student_t(freedom, t):
-    assert common.student_t(freedom) == pytest.approx(t, abs=1.4e-3)  # printed tables
-
-
-def test_interval():
-    mean, low, high = common.interval([1.0, 2.0, 3.0])
-    assert (mean, low, high) == pytest.approx((2, 2 - 4.30265 / 3**.5, 2 + 4.30265 / 3**.5), abs=1e-3)
-    assert common.interval([1.0, 2.0]) == (1.5, None, None)
+def simulated(rng, fall, jitter=.08):
+    """A loss that falls by `fall` a probe, and 4 minus this, each seen with a jitter of its own at every probe."""
+    true = 2.3 * (1 - fall)**np.arange(log(2.3 / .5) / fall)
+    seen = np.stack([true, 4 - true], 1) * np.exp(jitter * rng.normal(size=(len(true), 2)))
+    return [{"mean_train_loss": loss, "quantity": quantity} for loss, quantity in seen.tolist()]
 
 
 def run(gap, start=2.3, count=60):
-    return [{"mean_train_loss": l, "gap": gap + math.log(l), "iteration": k}
-            for k, l in enumerate(start * .97**np.arange(count))]
+    return [{"mean_train_loss": loss, "gap": gap + log(loss)} for loss in start * .97**np.arange(count)]
+
+
+def readings(*of_alphas):
+    return experiment.at_levels(dict(zip((1.0, 10.0, inf), of_alphas)), dict, "mean_train_loss")
+
+
+def test_the_reading_does_not_lean():
+    for fall in (.04, .07):
+        read = readings({seed: simulated(np.random.default_rng(seed), fall) for seed in range(300)})
+        levels = np.array(read.levels)
+        error = (read.values["quantity"][0] - (4 - levels))[:, (.7 < levels) & (levels < 1.5)]  # (300, L)
+        assert error.size >= 2100 and abs(error.mean()) < .02
+
+
+def test_smoothing_and_first_passage_by_hand():
+    smooth = experiment.curve([{"mean_train_loss": loss, "seconds": 1} for loss in (1, 2, 6, 4, 5, 6)])
+    assert {key: column.tolist() for key, column in smooth.items()} == {"mean_train_loss": [1, 3, 3.6, 4.6]}
+    assert experiment.curve([{"mean_train_loss": 1}, {"mean_train_loss": 2}]) == {}  # the last two are not read
+    records = [{"mean_train_loss": 2 * .9**k} for k in range(14)]
+    for k, value in ((0, 1.0), (5, 2.0), (10, 4.0)):
+        records[k]["rare"] = value  # measured at every fifth probe: a line between its neighbours
+    rare = experiment.curve(records)["rare"]
+    assert rare == pytest.approx([1, 1.2, 1.4, 1.6, 1.8, 2, 2.4, 2.8, 3.2, 3.6, 4, nan], nan_ok=True)
+    records[5]["rare"] = None
+    assert experiment.curve(records)["rare"][5] == pytest.approx(2.5)
+    passage, loss = experiment.first_passage, np.array([2.0, 1.2, .8, 1.5, .5])
+    assert (passage(loss, 1.0), passage(loss, .8)) == pytest.approx((1.5, 2))
+    assert all(map(isnan, (passage(loss, .4), passage(loss, 2.5), passage(loss[:0], 1))))  # no start above: no passage
+    rising = [{"mean_train_loss": 1, "acc": .5 + .01 * abs(k - 40), "iteration": k} for k in range(81)]
+    read = experiment.at_levels({1: {0: rising}}, dict, "acc")  # levels .8, .85, .9, .95; the lowest value is at 40
+    assert read.values["iteration"][0, 0] == pytest.approx([70, 75, nan, nan], nan_ok=True)
+
+
+def test_a_reading_does_not_change_when_the_run_goes_on():
+    records = simulated(np.random.default_rng(0), .04)
+    whole = experiment.curve(records)
+    for n in range(3, len(records)):
+        for end in ({"ended": "epochs"}, {"ended": "diverged"}, {"mean_train_loss": None}):  # such a record is not read
+            part = experiment.curve([*records[:n], records[n] | end])
+            assert len(part) == 2 and all(np.array_equal(part[key], whole[key][:n - 2]) for key in part)
+
+
+@pytest.mark.parametrize("freedom, t", [(2, 4.30265), (3, 3.18245), (9, 2.26216), (20, 2.08596), (21, 2.07961),
+                                        (30, 2.04227), (60, 2.00030), (99, 1.98422)])
+def test_the_interval_is_students(freedom, t):
+    """Against printed tables; below three values there is none, and what is missing does not count."""
+    values = np.arange(freedom + 1.0)
+    found = experiment.interval(np.stack([values, np.r_[values[:2], [nan] * (freedom - 1)], nan * values])[..., None])
+    half = t * values.std(ddof=1) / len(values)**.5
+    assert found.mean[:, 0] == pytest.approx([freedom / 2, .5, nan], nan_ok=True)
+    for ends in (found.high - found.mean, found.mean - found.low):
+        assert ends[:, 0] == pytest.approx([half, nan, nan], rel=7e-4, nan_ok=True)
+    assert found._fields == ("mean", "low", "high", "n") and found.n[:, 0].tolist() == [freedom + 1, 2, 0]
 
 
 def test_levels_follow_from_the_first_record_of_the_smallest_alpha():
-    levels = common.loss_levels({1.0: {0: run(0, math.log(10))}, 10.0: {0: run(0, 9)}})
-    assert len(levels) == 21 and levels == sorted(levels, reverse=True)
-    assert {1.0, .5, 2.18, .115} <= set(levels) and max(levels) == 2.18
-    assert common.loss_levels({1.0: {0: run(0, .5)}})[:3] == [.475, .45, .425]  # a squared loss
-    assert common.loss_levels({1.0: {0: [{"mean_train_loss": None}]}}) == []
+    levels = experiment.loss_levels({1.0: {0: run(0, log(10))}, 10.0: {0: run(0, 9)}})
+    assert len(levels) == 21 and levels == sorted(levels, reverse=True) and {1.0, .5, 2.18, .115} <= set(levels)
+    assert experiment.loss_levels({1.0: {0: run(0, .5)}})[:2] == [.475, .45]  # a squared loss
+    assert experiment.loss_levels({1.0: {0: [{"mean_train_loss": None}]}}) == []
 
 
 def test_differences_are_paired_by_seed():
-    runs = {1.0: {0: run(3), 1: run(5), 2: run(4)}, 100.0: {0: run(1), 1: run(2), 3: run(9)}}
-    rows = common.readings(runs)
-    assert {row["n"] for row in common.differences(rows, ["gap"])} == {2}  # seeds 2 and 3 have no partner
-    one, = common.where(common.differences(rows, ["gap"]), level=2.07)
-    assert (one["alpha"], one["minus"], one["on"], one["quantity"]) == (1, 100, "mean_train_loss", "gap")
-    assert one["mean"] == pytest.approx((2 + 3) / 2) and one["low"] is None
-    value, = [row["gap"] for row in common.where(rows, alpha=1.0, seed=1, level=1.0)]
-    assert value == pytest.approx(5, abs=.01)
-    assert not common.where(rows, level=.115)  # no run passes it: no row
+    read = readings({0: run(3), 1: run(5), 2: run(4)}, {0: run(1), 1: run(2), 3: run(9)})
+    assert (read.alphas, read.seeds, read.runs, read.on) == ([1, 10], [0, 1, 2, 3], [3, 3], "mean_train_loss")
+    assert read.values["gap"][0, :, read.levels.index(1)] == pytest.approx([3, 5, 4, nan], abs=.01, nan_ok=True)
+    assert np.isnan(read.values["gap"][..., -1]).all()  # no run passes .115
+    found = experiment.difference(read, "gap")
+    assert set(found.n[0].tolist()) == {0, 2}  # seeds 2 and 3 have no partner
+    assert found.mean[:, 1] == pytest.approx([(2 + 3) / 2, 0]) and np.isnan(found.low[0]).all()
 
 
-def concluded(rich, lazy, seeds=3, late=None):
-    """The verdict on runs with these gaps; from mean loss `late` down the rich one's is the lazy one's."""
-    runs = {1.0: {}, 100.0: {}}
-    for seed in range(seeds):
-        runs[1.0][seed], runs[100.0][seed] = run(rich + .1 * seed), run(lazy - .1 * seed * (-1)**seed)
-        for record in runs[1.0][seed]:
-            if late and record["mean_train_loss"] < late:
-                record["gap"] += lazy - rich
-    rows = common.readings(runs)
-    pairs = common.differences(rows, ["gap"])
-    return common.verdict(runs, rows, pairs, "mean_train_loss", "gap", "it rains", "Net, loss")
+def concluded(rich, lazy, seeds=3, late=0):
+    """The verdict on runs with these gaps; from mean loss `late` down the rich one's is far on the other side."""
+    of_rich = {seed: run(rich + .1 * seed, count=60 + 20 * seed) for seed in range(seeds)}
+    for record in sum(of_rich.values(), []):
+        record["gap"] += 3 * (lazy - rich) * (record["mean_train_loss"] < late)
+    read = readings(of_rich, {seed: run(lazy - .1 * seed * (-1)**seed, count=80) for seed in range(seeds)})
+    return experiment.verdict(read, "gap", "it rains", "the street is wet", "Net, loss")
 
 
-def test_the_verdict_needs_both_of_the_two_lowest_levels():
-    """That every run has; a run without an effect claims nothing."""
+def test_the_verdict_needs_both_of_the_two_lowest_levels(capsys):
     text = concluded(9, 5)
-    assert text.startswith("The claim that it rains holds in these runs: gap at alpha = 1 minus that at alpha = 100")
+    assert text.startswith("The claim that it rains holds in these runs: gap at alpha = 1 minus that at alpha = 10 is ")
     assert " at mean_train_loss 0.5 and +4." in text and text.endswith(" at mean_train_loss 0.46 (n = 3; Net, loss).")
-    assert "is contradicted by these runs" in concluded(5, 9)
-    assert "is not shown by these runs" in concluded(5, 5)
-    assert "is not shown by these runs" in concluded(9, 5, late=.6)  # not any more at the lower of the two
-    assert "takes three seeds" in concluded(9, 5, seeds=2)
-    short = {1.0: {0: run(1)}, 100.0: {0: run(1, count=4)}}
-    rows = common.readings(short)
-    text = common.verdict(short, rows, common.differences(rows, ["gap"]), "mean_train_loss", "gap", "", "")
-    assert "Nothing is concluded" in text and "more epochs" in text and "smaller --lr" in text
-    assert "One alpha" in common.verdict({1.0: {0: run(1)}}, rows, [], "mean_train_loss", "gap", "", "")
+    assert capsys.readouterr().out == f"\n{text}\nIn words: the street is wet.\n"
+    for claim, words, given in (("is contradicted by these runs", "it is not so that ", dict(rich=5, lazy=9)),
+                                ("is not shown by these runs", "perhaps ", dict(rich=5, lazy=5)),
+                                ("is not shown by", "perhaps ", dict(rich=9, lazy=5, late=.47)),  # but at the higher
+                                ("is not shown by", "perhaps ", dict(rich=5, lazy=9, late=.47)),  # but at the lower
+                                ("is not judged (an interval takes three", "perhaps ", dict(rich=9, lazy=5, seeds=2))):
+        assert f"it rains {claim}" in concluded(**given)
+        assert f"In words: {words}the street is wet." in capsys.readouterr().out
+    for read in (readings({0: run(1)}, {0: run(1, count=4)}), readings({0: run(1)})):  # one alpha has no other
+        text = experiment.verdict(read, "gap", "", "", "")
+        assert text.startswith("Nothing is concluded: ") and "Train longer" in text and "smaller --lr" in text
 
 
-def test_every_cell_of_a_table_names_n(capsys):
-    runs = {1.0: {0: run(3), 1: run(5)}, 100.0: {0: run(1), 1: run(2, count=20)}}
-    rows = common.readings(runs)
-    common.print_table("Title", rows, common.differences(rows, ["gap"]), "mean_train_loss", "gap")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == ["mean_train_loss", "alpha", "=", "1", "alpha", "=", "100", "1", "-", "100"]
-    last, = [line for line in lines if line.startswith(" " * 14 + "0.46")]
-    assert last.split()[2::2] == ["(2)", "(1)", "(1)"] and "+2.000" in last
+def test_what_stands_beside_a_difference_is_of_the_same_seeds(capsys):
+    experiment.print_table("Title", readings({0: run(3), 1: run(5)}, {0: run(1.000123), 1: run(2, count=20)}), "gap")
+    _, title, head, *lines = capsys.readouterr().out.splitlines()
+    assert (title, head.split()) == ("Title", "mean_train_loss alpha = 1 - 10 (runs)".split())
+    assert lines[2].split() == "1.95 4.67 - 2.17 = +2.50 (2)".split()  # 4 + log 1.95
+    assert lines[-1].split() == "0.46 2.22 - 0.223 = +2.00 (1)".split() and len({len(line) for line in lines}) == 1
+    experiment.print_table("Title", readings(*[{s: run(g + s * g) for s in range(3)} for g in (1e-5, 2e-5)]), "gap")
+    assert "= -2.00e-05 [-4.48e-05, 4.84e-06] (3)" in capsys.readouterr().out
 
 
-def test_four_alphas_make_a_picture_of_the_effect_against_alpha(tmp_path):
-    runs = {}
-    for alpha, gap in ((1.0, 3), (3.0, 2), (10.0, 1), (math.inf, 1)):
-        runs[alpha] = {seed: run(gap + .01 * seed) for seed in range(4)}
-    options = argparse.Namespace(out=tmp_path, script="noisy")
-    rows, picture = common.readings(runs), tmp_path / "noisy_alphas.png"
-    common.draw_alphas(options, [row for row in rows if row["alpha"] < math.inf], "mean_train_loss", "gap")
-    assert not picture.exists()  # three alphas are too few
-    for part in (rows, common.where(rows, seed=0)):  # with intervals, and without
-        common.draw_alphas(options, part, "mean_train_loss", "gap")
-        assert picture.stat().st_size > 5000
-        picture.unlink()
+def test_pictures(tmp_path):
+    """A line an alpha at levels that all its runs pass, differences with intervals, and only what was measured."""
+    read = readings(*[{seed: run(gap + seed, count=60 - 20 * seed) for seed in range(3)} for gap in (3, 2, 1)])
+    read.values["linearisation_error"] = read.values["repr_alignment"] = read.values["gap"]
+    a, b, c, d = (figure := Figure()).subplots(2, 2).ravel()
+    experiment.draw(a, read, "gap", "--", "of hard examples")
+    experiment.draw(a, read, "linearisation_error")
+    assert [t.get_text() for t in a.get_legend().texts] == ["of hard examples", "α = 1", "α = 10", "α = ∞"]
+    assert len(a.lines) == 8 and a.xaxis_inverted()
+    assert (np.isfinite(a.lines[0].get_ydata()) == np.isfinite(read.values["gap"][0]).all(0)).all()
+    experiment.draw_differences(b, read, "gap")
+    assert len(b.containers) == 2 and b.xaxis_inverted()  # no interval below three runs
+    assert len(b.containers[0].lines[2][0].get_segments()) == len(read.levels)
+    experiment.draw_linearity(c, d, read)
+    assert [t.get_text() for t in c.get_legend().texts] == ["repr alignment"] and len(d.lines) == 4
+    experiment.save_figure(figure, types.SimpleNamespace(out=tmp_path), "picture")
+    assert min((tmp_path / f"picture.{kind}").stat().st_size for kind in ("png", "pdf")) > 5000
