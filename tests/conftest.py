@@ -10,12 +10,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes long; run with -m slow")
-    if not config.option.markexpr:
-        config.option.markexpr = "not slow"
-
-
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
     """Small networks gain nothing from threads, and results stay bit-equal between this process and its children; no

@@ -1,7 +1,7 @@
 """The centred model and its optimizer, in float64 against hand-made gradients, finite differences and closed forms."""
-import ast
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -31,11 +31,8 @@ def flat(tensors):
 
 def test_common_py_imports_torch_alone():
     """And the standard library's contextlib, copy and math: one file that can be copied anywhere."""
-    modules = set()
-    for node in ast.walk(ast.parse((ROOT / "common.py").read_text())):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules |= {(getattr(node, "module", None) or alias.name).split(".")[0] for alias in node.names}
-    assert modules == {"contextlib", "copy", "math", "torch"}
+    modules = re.findall(r"^ *(?:import|from) (\w+)", (ROOT / "common.py").read_text(), re.M)
+    assert set(modules) == {"contextlib", "copy", "math", "torch"}
 
 
 @pytest.mark.parametrize("alpha", [.5, 1, np.float32(2), np.int64(3), torch.tensor(100.0), math.inf])
@@ -103,10 +100,6 @@ def test_networks_that_depend_on_chance_or_batch_are_refused(make, alpha):
             part.train()
             refused(says, f, x)
             f.eval()
-
-
-def test_dropout_without_chance_is_not_refused():
-    common.center(seq(nn.Dropout(0.), nn.TransformerEncoderLayer(2, 1, 4, 0.0)).train(), 1)
 
 
 @pytest.mark.parametrize("alpha", [1, math.inf])

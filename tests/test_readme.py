@@ -83,9 +83,7 @@ def test_the_vision_transformer_takes_the_place_of_the_network(tmp_path):
 def test_length_links_and_pictures():
     assert len(README) <= 9000
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert len(links) > 6
-    for link in links:
-        assert (ROOT / link).exists(), link
+    assert len(links) > 6 and [link for link in links if not (ROOT / link).exists()] == []
 
 
 def plain(text):
@@ -117,9 +115,8 @@ def paired(folder, on, level, quantity, alpha=1):
 
 
 def half_gap(alpha, level):
-    """Of the declared seeds."""
     rows = where(summary_of("cscore_5k")["readings"], alpha=alpha, level=level)
-    return np.mean([row["half_gap"] for row in rows if row["seed"] > 2])
+    return np.mean([row["half_gap"] for row in rows if row["seed"] > 2])  # the declared ones
 
 
 DECILES = [f"decile_{d}_loss" for d in (1, 3, 8, 10)]

@@ -237,7 +237,7 @@ def test_what_cannot_be_read_or_written_is_one_line_that_names_it(whole, tmp_pat
 
 def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):
     monkeypatch.setattr(experiment, "sweep", lambda o, *rest: o)
-    a = noisy.main("--alpha", "3", "--alpha", "Inf", "1", "infinity", "--lr", "0.25", "--quick", "--out", "here")
+    a = noisy.main(*"--alpha 3 --alpha Inf 1 1.0000001 infinity --lr .25 --quick --out here".split())
     b = noisy.main(alpha=[1, math.inf], lr=np.float32(.25), quick=True, out=pathlib.Path("here"))
     assert vars(a) == vars(b) and (a.alpha, a.lr, a.out) == ([1, math.inf], .25, pathlib.Path("here"))  # given: wins
     assert (a.dataset, a.seeds, a.momentum, a.stop_loss) == ("synthetic", [0, 1, 2], .9, 1.35)
@@ -258,7 +258,7 @@ def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):
     ("0 or above, not -1", ["--seeds 0 -1", "--momentum -1"]), ("must name a folder", ["--out="]),
     ("unrecognized", ["--seed 1", "--lr 1 2", "100"]), ("cifar10, synthetic or a file", ["--dataset mnist"]),
     ("not to be had", ["--device abacus", "--dtype float16"]), ("none.npz", ["--dataset none.npz"]),
-    ("larger than the 60 images", ["--batch-size 61", "--subset 61"]), ("of 60 labels", ["--noise 1", "--noise .001"]),
+    ("of 60 images, --subset ", ["--batch-size 61", "--subset 61"]), ("of 60 labels", ["--noise 1", "--noise .001"]),
     ("momentum in [0, 1)", ["--lr inf", "--momentum 1"]), ("1.2 is not below the first loss 1.1", ["--stop-loss 1.2"])])
 def test_bad_input_is_one_line_and_exit_code_2(whole, tmp_path, capsys, monkeypatch, says, lines):
     """And nothing is written."""
