@@ -155,7 +155,7 @@ def draw(o, read):
     losses.set(title="(a) loss of deciles 1 (hardest) to 10", ylabel=f"loss ({o.loss})")
     experiment.draw_differences(difference, read, "gap")
     experiment.draw_linearity(similarity, error, read)
-    experiment.save_figure(figure, o, "cscore")
+    experiment.save_figure(figure, o, o.script)
 
 
 def main(*words, **options):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 
 import numpy as np
@@ -23,7 +24,6 @@ import common
 
 CHECKPOINT_SECONDS = 60
 COMMAND = []  # of which --jobs starts copies; empty where main() is called from Python
-# These options may differ between two calls that share a folder; all others are part of what a run is.
 MAY_DIFFER = "alpha seeds data_dir out device jobs quick draw_only epochs stop_loss runs chunk animate".split()
 
 
@@ -231,7 +231,7 @@ def save(folder, f, optimizer, *state):
 
 
 def load(folder, f, optimizer):
-    """From its checkpoint: a run's iteration, seconds and records; f and its optimizer as they were."""
+    """From its checkpoint: a run's iteration, seconds and records before that; f and its optimizer as they were."""
     if not (folder / "checkpoint.pt").exists():
         if (folder / "log.jsonl").exists():
             raise BadInput(f"{folder} holds records, but no checkpoint to go on from: choose another --out")
@@ -240,7 +240,6 @@ def load(folder, f, optimizer):
         (iteration, seconds, records), of_f, of_sgd = torch.load(folder / "checkpoint.pt", "cpu")
         f.load_state_dict(of_f)
         optimizer.load_state_dict(of_sgd)
-        # What was probed here, `ended` too, is probed again if it is on the schedule.
         return iteration, seconds, [record for record in records if record["iteration"] < iteration]
 
 
@@ -265,7 +264,7 @@ def linearity(f, x):
     """A function () -> {measure: number}, against theta0, now, on x (N, ...). What fails is said once and left out."""
     most, measures = max(2, 1000 // f.model0(x[:1]).numel()), dict(LINEARITY)
     if len(x) > most:
-        print(f"{most} of {len(x)} --probe-examples are taken: the kernel keeps to 1,000 rows", flush=True)
+        print(f"{most} of {len(x)} --probe-examples are taken: the kernel keeps to 1,000 rows")
 
     def take():
         taken = {}
@@ -286,15 +285,15 @@ def linearity(f, x):
 
 
 def identity(o):
-    """What a run is: the script, its text and data, options that change its numbers, network and loss."""
+    """What a run is: the script, its text and data, network and loss, and all options but those that MAY_DIFFER."""
     run = {**vars(o), "dtype": str(o.dtype).removeprefix("torch."), "dataset": os.path.basename(o.dataset)}
     return {name: value for name, value in run.items() if name not in MAY_DIFFER}
 
 
 def check_out(out, wanted):
     """Raise BadInput if `out` holds another run than `wanted` (see identity), with the first difference in words."""
-    for path in sorted(out.glob("alpha=*/args.json")):
-        there = read_json(path)[0]
+    for path in sorted(out.glob("alpha=*/*.js*[nl]")):  # args.json, and log.jsonl, which is nothing without it
+        there = read_json(path.with_name("args.json"))[0]
         for key, value in wanted.items():
             if there.get(key) != value and key != "dataset":  # its checksum is compared
                 words = {"script_crc32": f"was made by another text of {there['script']}.py: --draw-only draws it",
@@ -316,9 +315,10 @@ def has_ended(o, alpha, seed):
 def read_runs(out):
     """The records of every run in a folder, {alpha: {seed: [record, ...]}}, ascending. Raises BadInput."""
     runs = collections.defaultdict(dict)
-    for path in pathlib.Path(out).glob("alpha=*_seed=*[0-9]/log.jsonl"):
+    for path in pathlib.Path(out).glob("alpha=*_seed=*/log.jsonl"):
         alpha, seed = path.parent.name.removeprefix("alpha=").split("_seed=")
-        runs[float(alpha)][int(seed)] = read_json(path)
+        if seed.isdecimal():  # else a copy that somebody keeps
+            runs[float(alpha)][int(seed)] = read_json(path)
     if not runs:
         raise BadInput(f"{out}: there are no records of runs (--out)")
     return {alpha: dict(sorted(runs[alpha].items())) for alpha in sorted(runs)}
@@ -432,8 +432,10 @@ def verdict(read, quantity, claim, plain, about):
     complete = np.isfinite(read.values[on]).sum(1) == np.array(read.runs)[:, None]  # (alphas, L)
     lowest = np.flatnonzero(complete[row] & complete[-1] & (found.n[row] > 0))[-2:]
     if len(lowest) < 2 or len(alphas) < 2:
-        return (f"Nothing is concluded: fewer than two levels of {on} were passed by every run of two alphas. Train "
-                "longer (epochs, iterations, a lower stop-loss); where the loss does not fall, try a smaller --lr.")
+        sentence = (f"Nothing is concluded: it takes two levels of {on} that every run of two alphas passed. Train "
+                    "longer (epochs, iterations, a lower stop-loss); where the loss does not fall, try a smaller --lr.")
+        print(f"\n{sentence}")
+        return sentence
     word, meaning, n = "is not shown by these runs", "perhaps ", found.n[row, lowest[0]]
     if n < 3:
         word = "is not judged (an interval takes three seeds)"
@@ -556,6 +558,7 @@ IMAGE_OPTIONS = [  # of the three that train on images
 def parse(file, doc, rows, quick, loss, words, options, **defaults):
     """One call's options: OPTIONS and `rows`, then defaults, --quick, words, and options as if they were words."""
     script, words = pathlib.Path(file).stem, list(words)
+    warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")  # torch's own, at its first forward mode
     for name, value in options.items():
         if value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, np.ravel(value)))]
@@ -573,12 +576,9 @@ def parse(file, doc, rows, quick, loss, words, options, **defaults):
     o.alpha, o.seeds = sorted({float(f"{alpha:g}") for alpha in o.alpha}), sorted(set(o.seeds))
     o.script, o.script_crc32 = script, zlib.crc32(pathlib.Path(file).read_bytes())
     data = "" if o.dataset == made.get_default("dataset") else f"_{pathlib.Path(o.dataset).stem}"
-    if o.out == "":
-        raise BadInput("--out must name a folder")
     o.out = pathlib.Path(o.out or f"runs/{script}{data}{'_quick' if o.quick else ''}")
-    o.loss = getattr(loss, "__name__", type(loss).__name__)
-    if o.loss in ("loss_of", "<lambda>"):
-        o.loss = f"the loss of {script}.py"
+    name = getattr(loss, "__name__", type(loss).__name__)
+    o.loss = f"the loss of {script}.py" if name in ("loss_of", "<lambda>") else name
     gpus = torch.cuda.device_count()
     with explained(f"--device {o.device}, --dtype {o.dtype}: not to be had"):
         rank = int(os.environ.get("LOCAL_RANK", 0))

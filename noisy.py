@@ -106,7 +106,7 @@ def draw(o, clean, mean):
             losses.plot(points.keys(), points.values(), "x", color=experiment.look(alpha)["color"], markersize=8)
     experiment.draw_differences(difference, clean, "noisy_loss")
     experiment.draw_linearity(similarity, error, clean)
-    experiment.save_figure(figure, o, "noisy")
+    experiment.save_figure(figure, o, o.script)
 
 
 def main(*words, **options):

@@ -323,7 +323,7 @@ def draw(o, loss, with_acc, test_with_acc, mean_train_acc):
     experiment.draw(losses, loss, "against_loss", "-", "against the correlation")
     experiment.draw(losses, loss, "with_loss", "--", "with it")
     losses.set(title="(c) loss of the cells", ylabel=f"loss ({o.loss})")
-    experiment.save_figure(figure, o, "spurious")
+    experiment.save_figure(figure, o, o.script)
 
 
 def main(*words, **options):

@@ -215,7 +215,7 @@ def draw(o, found, table):
         bottom.colorbar(image, ax=ax, shrink=.7, ticks=[-most, 0, most], format="%.2f")
         draw_task(ax, o)
         ax.set(title=f"({'cde'[k]}) training loss {MAPS[k]:g}", xlabel=f"mean of {len(maps)} runs")
-    experiment.save_figure(figure, o, "toy")
+    experiment.save_figure(figure, o, o.script)
     if len(found) > 3:
         draw_alphas(o, table)
 

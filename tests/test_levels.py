@@ -114,6 +114,7 @@ def test_the_verdict_needs_both_of_the_two_lowest_levels(capsys):
     for read in (readings({0: run(1)}, {0: run(1, count=4)}), readings({0: run(1)})):  # one alpha has no other
         text = experiment.verdict(read, "gap", "", "", "")
         assert text.startswith("Nothing is concluded: ") and "Train longer" in text and "smaller --lr" in text
+        assert text in capsys.readouterr().out
 
 
 def test_what_stands_beside_a_difference_is_of_the_same_seeds(capsys):

@@ -87,8 +87,7 @@ def test_length_links_and_pictures():
 
 
 def plain(text):
-    """The README's numbers as JSON's: −.05 is -0.05."""
-    return re.sub(r"(?<![\d.])\.(\d)", r"0.\1", text.replace("−", "-"))
+    return re.sub(r"(?<![\d.])\.(\d)", r"0.\1", text.replace("−", "-"))  # numbers as JSON's: −.05 is -0.05
 
 
 def summary_of(folder):
@@ -212,7 +211,6 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_pasted_elsewhere(name):
-    """With what each of the first three sections Needs, nothing is missing."""
     assert torch.equal(EXAMPLES[name](pasted(name)), EXAMPLES[name](getattr(common, name)))
 
 

@@ -171,7 +171,7 @@ def test_what_a_script_writes(script, lazy, groups, tmp_path):
 
 
 @pytest.mark.parametrize("script, words, case", [
-    (noisy, "larger than the 67", {"subset": 68}), (noisy, "label noise", {"noise": .001}),
+    (noisy, "of 67 images, --subset ", {"subset": 68}), (noisy, "label noise", {"noise": .001}),
     (cscore, "have no deciles", {"score_train": [.5] * 67}), (cscore, "needs score_train", {"score_test": None}),
     (spurious, "must be celeba", {"dataset": "cifar10"}), (spurious, "both 0 and 1", {"y_train": np.arange(67) % 3}),
     (spurious, "both 0 and 1", {"attribute_test": None}), (spurious, "--digits must be two", {"digits": [7, 7]}),
