@@ -96,13 +96,11 @@ def check_images(images, path):
                 shape, most = (x.shape[3:], 1) if name in ("mean", "std") else (x.shape[:1], np.inf)
                 need(images[name].shape == shape and np.isfinite(images[name]).all() and images[name].max() <= most)
     except (KeyError, TypeError):
-        values = images.get(name, np.zeros(0))
-        found = f"{values.dtype} {values.shape}" if name in images else "missing"
-        if values.size and values.dtype.kind in "biuf":
-            found += f" from {values.min():g} to {values.max():g}"
-        raise BadInput(f"{path}: {name} is {found}. It must hold x_train, x_test: uint8 (N, H, W, C) or (N, H, W), C "
-                       "= 1, 3 or 4; y_train, y_test: integers (N,) from 0 on, each in y_train; it may hold score_ and "
-                       "attribute_train and _test: numbers (N,); mean, std: (C,), of pixels in [0, 1]") from None
+        found = f"{images[name].dtype} {images[name].shape}" if name in images else "missing"
+        raise BadInput(f"{path}: {name} ({found}) does not fit. It must hold x_train, x_test: uint8 (N, H, W, C) or "
+                       "(N, H, W), C = 1, 3 or 4; y_train, y_test: integers (N,) from 0 on, each in y_train; it may "
+                       "hold score_ and attribute_train and _test: finite numbers (N,); mean, std: (C,), of pixels in "
+                       "[0, 1]") from None
     return images
 
 
@@ -576,6 +574,8 @@ def parse(file, doc, rows, quick, loss, words, options, **defaults):
     o.alpha, o.seeds = sorted({float(f"{alpha:g}") for alpha in o.alpha}), sorted(set(o.seeds))
     o.script, o.script_crc32 = script, zlib.crc32(pathlib.Path(file).read_bytes())
     data = "" if o.dataset == made.get_default("dataset") else f"_{pathlib.Path(o.dataset).stem}"
+    if o.out == "":
+        raise BadInput("--out must name a folder")
     o.out = pathlib.Path(o.out or f"runs/{script}{data}{'_quick' if o.quick else ''}")
     name = getattr(loss, "__name__", type(loss).__name__)
     o.loss = f"the loss of {script}.py" if name in ("loss_of", "<lambda>") else name

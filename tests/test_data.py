@@ -40,12 +40,10 @@ def test_npz_round_trip_and_other_types(tmp_path):
     ("attribute_test", [A["attribute_test"] * np.nan, A["attribute_test"][1:], ["a"] * 30]),
     ("mean", [last("mean", np.nan), .5, ["a", "b", "c"]]), ("std", [last("std", np.inf), [.1, .1]])])
 def test_impossible_arrays(name, values, tmp_path):
-    """Refused in a line that names the array, its type, shape and range."""
+    """Refused in a line that names the array, its type and shape."""
     for array in values:
         found = "missing" if array is None else f"{np.asarray(array).dtype} {np.shape(array)}"
-        if np.size(array) and np.asarray(array).dtype.kind in "iuf":
-            found += f" from {np.min(array):g} to {np.max(array):g}"
-        refused(re.escape(f"mine.npz: {name} is {found}. It must"), load, tmp_path, **{name: array})
+        refused(re.escape(f"mine.npz: {name} ({found}) does not fit. It must"), load, tmp_path, **{name: array})
 
 
 def test_damaged_files(tiny, tmp_path):

@@ -245,8 +245,8 @@ def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):
     assert (a.dataset, a.seeds, a.momentum, a.stop_loss) == ("synthetic", [0, 1, 2], .9, 1.35)
     o = noisy.main(epochs=np.int64(3), alpha=np.array([10, 1]), seeds=range(3), momentum=0, subset=None, quick=False)
     assert (o.epochs, o.alpha, o.seeds, o.momentum, o.subset, o.quick) == (3, [1, 10], [0, 1, 2], 0, None, False)
-    for wrong in (dict(epochs=True), dict(lr=[1, 2]), dict(seeds=[]), dict(draw=1)):
-        refused("unrecognized|expected", noisy.main, **wrong)
+    for wrong in (dict(epochs=True), dict(lr=[1, 2]), dict(seeds=[]), dict(draw=1), dict(out="")):
+        refused("unrecognized|expected|must name", noisy.main, **wrong)
     outs = [noisy.main(dataset=dataset, quick=quick).out for dataset in (None, "a/mine.npz") for quick in (False, True)]
     assert list(map(str, outs)) == ["runs/noisy", "runs/noisy_quick", "runs/noisy_mine", "runs/noisy_mine_quick"]
     assert command(monkeypatch, "--help") == 0
@@ -257,7 +257,7 @@ def test_keywords_and_command_line_mean_the_same(capsys, monkeypatch):
 @pytest.mark.parametrize("says, lines", [
     ("must be above 0, not", ["--alpha 0", "--alpha 1 -1", "--alpha nan", "--lr 0", "--epochs 0", "--stop-loss nan"]),
     ("invalid", ["--alpha 1,100", "--epochs 1.5", "--width four", "--seeds 0 0.5"]), ("expected", ["--lr"]),
-    ("0 or above, not -1", ["--seeds 0 -1", "--momentum -1"]),
+    ("0 or above, not -1", ["--seeds 0 -1", "--momentum -1"]), ("must name a folder", ["--out="]),
     ("unrecognized", ["--seed 1", "--lr 1 2", "100"]), ("cifar10, synthetic or a file", ["--dataset mnist"]),
     ("not to be had", ["--device abacus", "--dtype float16"]), ("none.npz", ["--dataset none.npz"]),
     ("of 60 images, --subset ", ["--batch-size 61", "--subset 61"]), ("of 60 labels", ["--noise 1", "--noise .001"]),
