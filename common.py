@@ -158,7 +158,7 @@ class LinearizedModel(CenteredModel):
     @staticmethod
     def check_derivative(model, x):
         """Raise ValueError where a layer has no formula for forward mode, or where that differs from backward mode
-        (it ignores torch.no_grad). For random u and v, u . J v must be J^T u . v, and its slope in v J^T u."""
+        (it ignores torch.no_grad). J v is linear in v: J^T u . v must be u . J v, and (its slope in v) . v as well."""
         generator = torch.Generator().manual_seed(0)
         try:
             with true_float32():
@@ -290,7 +290,7 @@ class Jacobian:
         if m.bias is not None:  # the weight of an input that is always 1
             A = torch.cat([A, A.new_ones(*A.shape[:2], 1)], 2)
         T, d = A.shape[1:]
-        if T * (d + C * O) > C * O * d:  # many positions: sum_t G_ct (x) A_t, one position of input 1, is smaller
+        if T * (d + C * O) > C * O * d:  # many positions: sum_t G_ct (x) A_t is held, as one of input 1
             A, G = A.new_ones(n, 1, 1), torch.einsum("ncto,ntd->ncod", G, A).flatten(2)[:, :, None]
         return A, G
 
@@ -418,7 +418,7 @@ class Conv(nn.Conv2d):
 
 
 class BasicBlock(nn.Module):
-    """relu(x + conv(relu(conv(x)))), with a 1x1 convolution on the shortcut where the shape changes."""
+    """relu(x + conv(relu(conv(x)))), with a 1x1 convolution on the shortcut where stride > 1."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()

@@ -190,8 +190,8 @@ def minibatches(o, seed, f, optimizer, examples, probe, linearity):
     begin, saved, due = time.monotonic() - seconds, -math.inf, schedule(steps_an_epoch, o.epochs * steps_an_epoch)
     while True:
         seconds, epoch, ended = time.monotonic() - begin, iteration / steps_an_epoch, None
-        look = iteration in due or epoch >= o.epochs
-        if look:
+        probing = iteration in due or epoch >= o.epochs
+        if probing:
             record = {"iteration": iteration, "epoch": epoch, "seconds": round(seconds, 3), **probe()}
             losses = [earlier["mean_train_loss"] for earlier in [*records, record]]
             if o.stop_loss >= losses[0]:
@@ -202,11 +202,11 @@ def minibatches(o, seed, f, optimizer, examples, probe, linearity):
                 ended = "epochs"
             elif len(losses) >= 5 and np.mean(losses[-5:]) < o.stop_loss:
                 ended = "stop-loss"
-        if time.monotonic() - saved >= CHECKPOINT_SECONDS:  # and before the first record
+        if time.monotonic() - saved >= CHECKPOINT_SECONDS:  # at once, too: no log.jsonl without args.json
             write_atomically(folder / "args.json", json_line(identity(o)))
             save(folder, f, optimizer, iteration, seconds, records)
             saved = time.monotonic()
-        if look:
+        if probing:
             if ended != "diverged" and (ended or len(records) % 5 == 0):
                 record.update(linearity())
             records.append(json.loads(json_line(record | ({"ended": ended} if ended else {}))))
@@ -242,7 +242,7 @@ def load(folder, f, optimizer):
 
 
 def schedule(steps_an_epoch, total):
-    """A run's probes, whatever its loss (else it is caught in lucky moments): 0, a tenth further each time, the end."""
+    """Iterations of a run's probes: 0, a tenth further each time (an epoch at most), the end; never by its loss."""
     due, iteration = {total}, 0
     while iteration < total:
         due.add(iteration)
@@ -369,7 +369,7 @@ def at_levels(runs, derive, on):
 
 
 def first_passage(loss, level, start=0):
-    """Where `loss` (n,) first passes `level` after `start`: a place between two probes, or nan."""
+    """The fractional index where `loss` (n,) first falls to `level`; nan if never, or if it is there at `start`."""
     passed = np.flatnonzero(loss[start:] <= level) + start
     if len(passed) == 0 or passed[0] == start:
         return math.nan
@@ -586,7 +586,7 @@ def parse(file, doc, rows, quick, loss, words, options, **defaults):
         o.dtype = {"float32": torch.float32, "float64": torch.float64}[o.dtype]
         torch.empty(0, device=o.device)
     if o.dtype == torch.float32 and any(1000 <= alpha < math.inf for alpha in o.alpha):
-        print("warning: above alpha = 1000 float32 rounds part of a step away: --dtype float64 or --alpha inf")
+        print("warning: from alpha = 1000 on float32 rounds part of a step away: --dtype float64 or --alpha inf")
     return o
 
 
